@@ -1,0 +1,3 @@
+"""Adaptive loss scaling for Chainer."""
+
+from ada_loss.chainer import compat as compat
