@@ -1,0 +1,79 @@
+"""What a user can set: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+METHODS = ("fixed", "approx_range", "abs_range", "element_wise_range", "auto")
+"""Names of the rules by which a layer's scale is chosen; `ada_loss.rules` says what each of them does."""
+
+CAST_DISTRIBUTIONS = ("normal", "log_normal")
+"""What the gradients at a cast to float16 may be taken to follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLossConfig:
+    """Settings of adaptive loss scaling; a bad value raises a ValueError of one sentence.
+
+    loss_scale_method: the rule, one of `METHODS`.
+    init_scale: the scale with which gradients enter the scope, a positive power of two.
+    scale_upper_bound: the most that one layer may scale by, at least 1; None for no bound.
+    accum_upper_bound: the most that the scales along the way may multiply to, at least 1; None for no bound.
+    n_uf: the share of a layer's input gradient that may underflow, between 0 and 0.5.
+    update_per_n_iteration: a layer chooses its scale anew every so many iterations, at least 1.
+    dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at least 1;
+        None leaves it where it is until an overflow.
+    cast_distribution: what the gradients at a cast to float16 are taken to follow, one of `CAST_DISTRIBUTIONS`.
+
+    The two bounds and `n_uf` belong to the ranges of the paper: `fixed` and `auto` do not look at them.
+    """
+
+    loss_scale_method: str = "approx_range"
+    init_scale: float = 1.0
+    scale_upper_bound: float | None = 16.0
+    accum_upper_bound: float | None = 1024.0
+    n_uf: float = 1e-3
+    update_per_n_iteration: int = 1
+    dynamic_interval: int | None = None
+    cast_distribution: str = "log_normal"
+
+    def __post_init__(self) -> None:
+        _check_one_of("loss_scale_method", self.loss_scale_method, METHODS)
+        _check_one_of("cast_distribution", self.cast_distribution, CAST_DISTRIBUTIONS)
+        if not _is_real(self.init_scale) or self.init_scale <= 0 or math.frexp(self.init_scale)[0] != 0.5:
+            raise ValueError(f"init_scale must be a positive power of two such as 1 or 1024, not {self.init_scale!r}.")
+        for name in ("scale_upper_bound", "accum_upper_bound"):
+            bound = getattr(self, name)
+            if bound is not None and not (_is_real(bound) and bound >= 1):
+                raise ValueError(f"{name} must be a number of at least 1, or None for no bound, not {bound!r}.")
+        if not _is_real(self.n_uf) or not 0 < self.n_uf < 0.5:
+            raise ValueError(f"n_uf must be a share between 0 and 0.5, both excluded, not {self.n_uf!r}.")
+        if not _is_count(self.update_per_n_iteration):
+            raise ValueError(
+                f"update_per_n_iteration must be an integer of at least 1, not {self.update_per_n_iteration!r}."
+            )
+        if self.dynamic_interval is not None and not _is_count(self.dynamic_interval):
+            raise ValueError(
+                "dynamic_interval must be an integer of at least 1, or None for a scale that does not grow, "
+                f"not {self.dynamic_interval!r}."
+            )
+
+    @property
+    def init_exponent(self) -> int:
+        """The exponent of `init_scale`, its log2."""
+        return math.frexp(self.init_scale)[1] - 1
+
+
+def _check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
