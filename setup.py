@@ -1,4 +1,4 @@
-"""Takes the requirements from requirements/, the one place where they stand; the rest is in pyproject.toml."""
+"""Takes the requirements from requirements/, the only place that has them; the rest is in pyproject.toml."""
 
 from __future__ import annotations
 
