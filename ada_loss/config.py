@@ -23,9 +23,9 @@ class AdaLossConfig:
     accum_upper_bound: the most that the scales along the way may multiply to, at least 1; None for no bound.
     n_uf: the share of a layer's input gradient that may underflow, between 0 and 0.5.
     update_per_n_iteration: a layer chooses its scale anew every so many iterations, at least 1.
-    dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at least 1;
-        None leaves it where it is until an overflow.
-    cast_distribution: what the gradients at a cast to float16 are taken to follow, one of `CAST_DISTRIBUTIONS`.
+    dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at
+        least 1; None leaves it where it is until an overflow.
+    cast_distribution: what gradients at a cast to float16 are taken to follow, one of `CAST_DISTRIBUTIONS`.
 
     The two bounds and `n_uf` belong to the ranges of the paper: `fixed` and `auto` do not look at them.
     """
@@ -43,16 +43,21 @@ class AdaLossConfig:
         _check_one_of("loss_scale_method", self.loss_scale_method, METHODS)
         _check_one_of("cast_distribution", self.cast_distribution, CAST_DISTRIBUTIONS)
         if not _is_real(self.init_scale) or self.init_scale <= 0 or math.frexp(self.init_scale)[0] != 0.5:
-            raise ValueError(f"init_scale must be a positive power of two such as 1 or 1024, not {self.init_scale!r}.")
+            raise ValueError(
+                f"init_scale must be a positive power of two such as 1 or 1024, not {self.init_scale!r}."
+            )
         for name in ("scale_upper_bound", "accum_upper_bound"):
             bound = getattr(self, name)
             if bound is not None and not (_is_real(bound) and bound >= 1):
-                raise ValueError(f"{name} must be a number of at least 1, or None for no bound, not {bound!r}.")
+                raise ValueError(
+                    f"{name} must be a number of at least 1, or None for no bound, not {bound!r}."
+                )
         if not _is_real(self.n_uf) or not 0 < self.n_uf < 0.5:
             raise ValueError(f"n_uf must be a share between 0 and 0.5, both excluded, not {self.n_uf!r}.")
         if not _is_count(self.update_per_n_iteration):
             raise ValueError(
-                f"update_per_n_iteration must be an integer of at least 1, not {self.update_per_n_iteration!r}."
+                "update_per_n_iteration must be an integer of at least 1, "
+                f"not {self.update_per_n_iteration!r}."
             )
         if self.dynamic_interval is not None and not _is_count(self.dynamic_interval):
             raise ValueError(
@@ -76,4 +81,4 @@ def _is_real(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -1,4 +1,4 @@
-"""Binary floating-point formats, each described by its exponent and mantissa bits; every range follows from those."""
+"""Binary floating-point formats: exponent and mantissa bits, from which every range follows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class FloatFormat:
     """A binary floating-point format with subnormals, as IEEE 754 lays it out.
 
-    `infinity` tells whether the largest exponent code is reserved for infinities and NaNs (IEEE 754), or carries
-    finite numbers up to one last code, which is the NaN (E4M3 of the Open Compute Project's 8-bit formats).
+    `infinity` tells whether the largest exponent code is reserved for infinities and NaNs (IEEE 754), or
+    carries finite numbers up to one last code, the NaN (E4M3 of the Open Compute Project's 8-bit formats).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Moments and extremes of an array, everything that the rules ask for, in one pass.
 
-Works on NumPy and CuPy arrays of float16, float32 and float64. On NumPy the array is read in chunks that stay in
-the cache, so no temporary of its size exists; on CuPy the results come over in one transfer.
+Works on NumPy and CuPy arrays of float16, float32 and float64. On NumPy the array is read in chunks that
+stay in the cache, so no temporary of its size exists; on CuPy the results come over in one transfer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 CHUNK = 1 << 15
+"""Elements read at a time on NumPy: few enough for the cache, enough to drown the cost of the calls."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ class Statistics:
         return mean, math.sqrt(max(0.0, self.sum_squared_logs / self.nonzero - mean * mean))
 
 
+_MASKS = {
+    kind.itemsize: (kind.type(np.iinfo(kind).max >> 1), kind.type(1))
+    for kind in map(np.dtype, ("u2", "u4", "u8"))
+}
+"""By size of the elements: the bits that make up a float's magnitude, and a one of the same integer type."""
+
 NOTHING = Statistics(0, 0, 0.0, 0.0, 0.0, True)
+ONE = Statistics(1, 1, 1.0, 1.0, 1.0, True)
 UNUSABLE = Statistics(0, 0, 0.0, 0.0, 0.0, False)
 
 
@@ -60,17 +68,19 @@ def module_of(array: Any) -> ModuleType:
 
 
 def summarize(array: Any, *, logs: bool = False) -> Statistics:
-    """Statistics of a floating-point array of any shape, contiguous or not; `logs` adds the moments of ln|x|."""
+    """Statistics of a floating-point array of any shape, contiguous or not; with `logs` also those of ln|x|."""
     if array.size == 0:
         return NOTHING
     if module_of(array) is not np:
         return _summarize_on_device(array, logs)
-    parts = [_summarize_chunk(chunk, logs) for chunk in _chunks(array)]
-    return merge(parts)
+    chunks = np.nditer(array, ["external_loop", "buffered"], order="K", buffersize=CHUNK)
+    return merge([_summarize_chunk(np.asarray(chunk), logs) for chunk in chunks])
 
 
 def merge(parts: list[Statistics]) -> Statistics:
     """Statistics of several arrays taken together, from the statistics of each."""
+    if len(parts) == 1:
+        return parts[0]
     if not all(part.finite for part in parts):
         return UNUSABLE
     return Statistics(
@@ -85,31 +95,41 @@ def merge(parts: list[Statistics]) -> Statistics:
     )
 
 
-def _chunks(array: np.ndarray) -> list[np.ndarray]:
-    flat = array.ravel(order="K")
-    return [flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK)]
-
-
 def _summarize_chunk(chunk: np.ndarray, logs: bool) -> Statistics:
-    magnitudes = np.abs(chunk.astype(np.float64))
-    largest = float(magnitudes.max())
+    """Statistics of a contiguous vector, by way of its bits: without the sign they order as the magnitudes do,
+    and integers are several times faster than float16 arithmetic."""
+    mask, one = _MASKS[chunk.itemsize]
+    bits = chunk.view(mask.dtype) & mask
+    largest = float(bits.max().view(chunk.dtype))
     if not math.isfinite(largest):
         return UNUSABLE
-    if largest == 0.0:
+    nonzero = int(np.count_nonzero(bits))
+    if not nonzero:
         return Statistics(chunk.size, 0, 0.0, 0.0, 0.0, True)
+    magnitudes = _widen(bits, chunk.dtype)
+    logarithms = np.log(magnitudes[bits > 0], dtype=np.float64) if logs else np.zeros(1)
     sum_squares = float(magnitudes @ magnitudes)
-    present = magnitudes[magnitudes > 0]
-    logarithms = np.log(present) if logs else present[:0]
+    bits -= one  # zero becomes the largest integer, so the minimum passes it over
     return Statistics(
         count=chunk.size,
-        nonzero=present.size,
+        nonzero=nonzero,
         sum_squares=sum_squares,
         largest=largest,
-        smallest=float(present.min()),
+        smallest=float((bits.min() + one).view(chunk.dtype)),
         finite=True,
         sum_logs=float(logarithms.sum()),
         sum_squared_logs=float(logarithms @ logarithms),
     )
+
+
+def _widen(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The finite magnitudes with these bits, in a type in which their squares neither overflow nor vanish."""
+    if dtype != np.float16:
+        return bits.view(dtype).astype(np.float64, copy=False)
+    # Shifted into place, exponent and mantissa of a float16 are those of a float32 2**112 times as small.
+    magnitudes = np.left_shift(bits, 13, dtype=np.uint32).view(np.float32)
+    magnitudes *= np.float32(2.0**112)
+    return magnitudes
 
 
 def _summarize_on_device(array: Any, logs: bool) -> Statistics:
@@ -125,16 +145,20 @@ def _summarize_on_device(array: Any, logs: bool) -> Statistics:
     if logs:
         logarithms = xp.log(xp.where(present, magnitudes, 1.0))
         figures += [logarithms.sum(), xp.square(logarithms).sum()]
-    nonzero, sum_squares, largest, smallest, *log_sums = xp.stack([f.astype(np.float64) for f in figures]).tolist()
+    nonzero, sum_squares, largest, smallest, *log_sums = xp.stack(
+        [f.astype(np.float64) for f in figures]
+    ).tolist()
     if not math.isfinite(largest):
         return UNUSABLE
-    return Statistics(array.size, int(nonzero), sum_squares, largest, smallest if nonzero else 0.0, True, *log_sums)
+    return Statistics(
+        array.size, int(nonzero), sum_squares, largest, smallest if nonzero else 0.0, True, *log_sums
+    )
 
 
-def channel_extremes(array: Any, axis: int) -> list[tuple[float, float]]:
-    """Smallest nonzero and largest magnitude in every slice along `axis`, (0, 0) for a slice of zeros."""
-    xp = module_of(array)
-    slices = xp.abs(xp.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)).astype(np.float64)
-    low = xp.where(slices > 0, slices, np.inf).min(axis=1)
-    high = slices.max(axis=1)
+def extremes_by_row(matrix: Any) -> list[tuple[float, float]]:
+    """Smallest nonzero and largest magnitude in every row of a matrix, (0, 0) for a row of zeros."""
+    xp = module_of(matrix)
+    magnitudes = xp.abs(matrix).astype(np.float64)
+    low = xp.where(magnitudes > 0, magnitudes, np.inf).min(axis=1)
+    high = magnitudes.max(axis=1)
     return [(low if high else 0.0, high) for low, high in xp.stack([low, high], axis=1).tolist()]
