@@ -35,8 +35,8 @@ class Measurement:
     gradient: statistics of gy.
     weight: statistics of W, those of a single one at a cast.
     fan: how many products are summed for one element of gx at most.
-    products: where measured, the smallest nonzero and the largest magnitude of an element of gy times a weight
-        that it meets.
+    products: where measured, the smallest nonzero and the largest magnitude of an element of gy times a
+        weight that it meets.
     """
 
     gradient: Statistics
@@ -118,8 +118,8 @@ def floor_log2(value: float) -> int:
 
 
 def _scale_for_share(config: AdaLossConfig, measurement: Measurement) -> float:
-    """`approx_range`: the scale at which a share `n_uf` of the elements lies below the smallest float16, taking
-    them for normal around zero, or at a cast, if so configured, for log-normal."""
+    """`approx_range`: the scale at which a share `n_uf` of the elements lies below the smallest float16,
+    taking them for normal around zero, or at a cast, if so configured, for log-normal."""
     gradient = measurement.gradient
     if measurement.cast and config.cast_distribution == "log_normal":
         mean, deviation = gradient.log_moments

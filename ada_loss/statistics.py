@@ -68,7 +68,7 @@ def module_of(array: Any) -> ModuleType:
 
 
 def summarize(array: Any, *, logs: bool = False) -> Statistics:
-    """Statistics of a floating-point array of any shape, contiguous or not; with `logs` also those of ln|x|."""
+    """Statistics of a floating-point array of any shape, contiguous or not; with `logs` of ln|x| too."""
     if array.size == 0:
         return NOTHING
     if module_of(array) is not np:
@@ -96,8 +96,8 @@ def merge(parts: list[Statistics]) -> Statistics:
 
 
 def _summarize_chunk(chunk: np.ndarray, logs: bool) -> Statistics:
-    """Statistics of a contiguous vector, by way of its bits: without the sign they order as the magnitudes do,
-    and integers are several times faster than float16 arithmetic."""
+    """Statistics of a contiguous vector, by way of its bits: without the sign they order as the magnitudes
+    do, and integers are several times faster than float16 arithmetic."""
     mask, one = _MASKS[chunk.itemsize]
     bits = chunk.view(mask.dtype) & mask
     largest = float(bits.max().view(chunk.dtype))
