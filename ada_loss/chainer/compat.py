@@ -43,7 +43,7 @@ def install() -> None:
     _restore_numpy_names()
     _replace_environment_check()
     _serve_missing_extension()
-    _silence_pkg_resources()
+    _silence_warnings()
 
 
 def nms_gpu_post(
@@ -105,9 +105,11 @@ def _serve_missing_extension() -> None:
         sys.meta_path.append(_NmsFallback())
 
 
-def _silence_pkg_resources() -> None:
-    # ChainerCV asks pkg_resources for its own version; nothing that a user could change about it.
+def _silence_warnings() -> None:
+    # ChainerCV asks pkg_resources for its own version, and its docstrings have stray backslashes, which
+    # Python 3.12 and later report where no compiled file exists yet. No user can do anything about either.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    warnings.filterwarnings("ignore", "", SyntaxWarning, r".*[/\\]chainercv[/\\]")
 
 
 install()

@@ -22,11 +22,10 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20)
 
 
-def test_chainer_and_chainercv_import_in_a_fresh_interpreter_without_a_word() -> None:
+def test_chainer_and_chainercv_import_in_a_fresh_interpreter_without_a_word(tmp_path: Path) -> None:
     code = "import ada_loss.chainer.compat, chainer, chainercv; print(chainer.__version__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
-    )
+    with_nothing_compiled = [sys.executable, "-X", f"pycache_prefix={tmp_path}", "-c", code]
+    done = subprocess.run(with_nothing_compiled, check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "7.8.1", "")
 
 
