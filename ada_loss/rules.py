@@ -70,7 +70,9 @@ class Measurement:
         return self.products[1] if self.products else self.gradient.largest * self.weight.largest
 
 
-def measure(config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_axis: int = 0) -> Measurement:
+def measure(
+    config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_axis: int | None = 0
+) -> Measurement:
     """What the configured rule needs to know of a layer.
 
     gy: the layer's output gradient, channels (or features) along axis 1, a NumPy or CuPy array of any float
@@ -79,7 +81,8 @@ def measure(config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_ax
     fan: products in one sum, out_channels * kh * kw of a convolution, out_features of a linear layer; not
         looked at for a cast.
     channel_axis: the axis of `weight` that runs over gy's channels (1 in a deconvolution); only
-        `element_wise_range` looks at it.
+        `element_wise_range` looks at it. None where the two share no channels (a matrix product of
+        activations): any element of gy may then meet any of `weight`.
     """
     method = config.loss_scale_method
     if method == "fixed":
@@ -87,29 +90,33 @@ def measure(config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_ax
     if weight is None:
         return Measurement(summarize(gy, logs=config.cast_distribution == "log_normal"))
     measurement = Measurement(summarize(gy), summarize(weight), fan)
-    if method != "element_wise_range" or measurement.zero or not measurement.finite:
+    if method != "element_wise_range" or channel_axis is None or measurement.zero or not measurement.finite:
         return measurement
     return replace(measurement, products=_product_extremes(gy, weight, channel_axis))
 
 
-def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int) -> int:
+def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int, *, backoff: int = 0) -> int:
     """The shift, log2 of the layer's scale, for a gradient that arrives with `exponent`.
+
+    backoff: by how many powers of two everything in flight has been lowered because of overflows; the rules
+        choose as they would for gradients as much larger, since they would otherwise undo it at once.
 
     0 where there is nothing to choose from: every product is zero, or something is not finite. The bounds
     hold for the paper's rules: they make the shift negative where a sum could overflow without, or where
-    `exponent` alone is beyond `accum_upper_bound`.
+    `exponent` alone is beyond `accum_upper_bound`. After overflows the scales stay `backoff` powers of two
+    further below what they could otherwise reach.
     """
     method = config.loss_scale_method
     if method == "fixed" or measurement.zero or not measurement.finite:
         return 0
     if method == "auto":
-        return _auto_shift(measurement)
-    wanted = max(_SUFFICIENT_SCALES[method](config, measurement), 1.0)
-    safe = FLOAT16.max / (measurement.fan * measurement.largest_term)
+        return _auto_shift(measurement) - backoff
+    wanted = max(_SUFFICIENT_SCALES[method](config, measurement) * 2.0**-backoff, 1.0)
+    safe = FLOAT16.max / (measurement.fan * measurement.largest_term) * 2.0**-backoff
     shift = floor_log2(min(wanted, safe, config.scale_upper_bound or math.inf))
-    if config.accum_upper_bound is None:
+    if config.accum_upper_bound is None and not backoff:
         return shift
-    return min(shift, floor_log2(config.accum_upper_bound) - exponent)
+    return min(shift, floor_log2(config.accum_upper_bound or FLOAT16.max) - backoff - exponent)
 
 
 def floor_log2(value: float) -> int:

@@ -249,6 +249,14 @@ def test_scales_are_rounded_down_to_a_power_of_two():
         assert shift_of(config, gy, np.ones((1, 1), np.float32), fan=1) == shift
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lowered_gradient_is_not_scaled_back_up(method):
+    gy, weight = gaussian_layer(np.random.default_rng(15), batch=50)
+    measured = [measure(unbounded(method), gy * np.float32(2.0**-b), weight, 128) for b in (0, 3)]
+    shifts = [choose_shift(unbounded(method), m, 0, backoff=b) for m, b in zip(measured, (0, 3), strict=True)]
+    assert shifts[0] == shifts[1]
+
+
 # Nothing to choose from
 
 
