@@ -77,6 +77,28 @@ def summarize(array: Any, *, logs: bool = False) -> Statistics:
     return merge([_summarize_chunk(np.asarray(chunk), logs) for chunk in chunks])
 
 
+def largest_magnitude(array: Any) -> float:
+    """max|x|, 0 for an empty array; infinity or NaN where there is one."""
+    if not array.size:
+        return 0.0
+    if module_of(array) is np and array.flags.c_contiguous and array.dtype.itemsize in _MASKS:
+        mask, _ = _MASKS[array.itemsize]
+        return float((array.view(mask.dtype) & mask).max().view(array.dtype))
+    return float(abs(array).max())
+
+
+def all_finite(arrays: list[Any]) -> bool:
+    """Whether every element of every array is finite; on a GPU with one transfer for all of them."""
+    on_host = [array for array in arrays if module_of(array) is np]
+    if not all(math.isfinite(largest_magnitude(array)) for array in on_host):
+        return False
+    on_device = [array for array in arrays if module_of(array) is not np and array.size]
+    if not on_device:
+        return True
+    xp = module_of(on_device[0])
+    return bool(xp.stack([xp.isfinite(array).all() for array in on_device]).all())
+
+
 def merge(parts: list[Statistics]) -> Statistics:
     """Statistics of several arrays taken together, from the statistics of each."""
     if len(parts) == 1:

@@ -1,3 +1,20 @@
-"""Adaptive loss scaling for Chainer."""
+"""Adaptive loss scaling for Chainer: wrap a link in `AdaLossScaled`, `prepare` the optimizer, train as before."""
 
-from ada_loss.chainer import compat as compat
+from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
+
+from ada_loss.chainer import functions, links
+from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
+from ada_loss.chainer.optimizer import Diverged, prepare
+from ada_loss.chainer.scaled import AdaLossScaled
+
+__all__ = [
+    "AdaLossBranch",
+    "AdaLossConvolution2D",
+    "AdaLossDeconvolution2D",
+    "AdaLossLinear",
+    "AdaLossScaled",
+    "Diverged",
+    "functions",
+    "links",
+    "prepare",
+]

@@ -1,0 +1,150 @@
+"""Which functions are decision points, and how a chosen shift enters their backward.
+
+A decision point multiplies its output gradient by another of its inputs (a weight, or the other operand of a matrix
+product), so its input gradient can be scaled by scaling that input: gx = gy * (W * 2**shift). That needs no scaled copy of
+gy, and Chainer's own backward computes it. A cast that leaves float16 on the forward pass is the other kind: its
+backward rounds to float16, and the shift is applied before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import chainer
+import numpy as np
+from chainer.functions.array.cast import Cast
+from chainer.functions.connection.convolution_2d import Convolution2DFunction
+from chainer.functions.connection.convolution_nd import ConvolutionND
+from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.functions.connection.deconvolution_nd import DeconvolutionND
+from chainer.functions.connection.linear import LinearFunction
+from chainer.functions.math.matmul import MatMul
+
+from ada_loss.chainer.gradient import shifted
+from ada_loss.statistics import module_of
+
+
+@dataclass(frozen=True)
+class Product:
+    """A function whose gradient for input `data` is a sum of products of gy and input `weight`.
+
+    fan: how many products make one element of that gradient, from the function and the weight's shape.
+    channel_axis: the axis of the weight that runs over gy's channels, None where they share none.
+    """
+
+    data: int
+    weight: int
+    fan: Callable[[Any, tuple[int, ...]], int]
+    channel_axis: int | None = 0
+
+
+def _convolution_fan(function: Any, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape)) // shape[1] // getattr(function, "groups", 1)
+
+
+def _deconvolution_fan(function: Any, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape[1:]))
+
+
+def _linear_fan(function: Any, shape: tuple[int, ...]) -> int:
+    return shape[0]
+
+
+def _left_fan(function: MatMul, shape: tuple[int, ...]) -> int:
+    # gA = gC B^T sums over the columns of C, which are those of op(B).
+    return shape[-2 if function.transb else -1] if len(shape) > 1 else 1
+
+
+def _right_fan(function: MatMul, shape: tuple[int, ...]) -> int:
+    # gB = A^T gC sums over the rows of C, which are those of op(A).
+    return shape[-1 if function.transa else -2] if len(shape) > 1 else 1
+
+
+PRODUCTS: dict[type, tuple[Product, ...]] = {
+    LinearFunction: (Product(0, 1, _linear_fan),),
+    Convolution2DFunction: (Product(0, 1, _convolution_fan),),
+    ConvolutionND: (Product(0, 1, _convolution_fan),),
+    Deconvolution2DFunction: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
+    DeconvolutionND: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
+    MatMul: (Product(0, 1, _left_fan, None), Product(1, 0, _right_fan, None)),
+}
+"""The decision points, by function class; subclasses inherit."""
+
+
+def products_of(function: chainer.FunctionNode) -> tuple[Product, ...]:
+    """The products of a function's backward, () unless it is a decision point with weights."""
+    for cls in type(function).__mro__:
+        if cls in PRODUCTS:
+            return PRODUCTS[cls]
+    return ()
+
+
+def is_decision(function: chainer.FunctionNode) -> bool:
+    """Whether a shift is chosen at this function."""
+    return isinstance(function, Cast) or bool(products_of(function))
+
+
+def enters_float16(function: chainer.FunctionNode) -> bool:
+    """Whether the function is a cast whose backward rounds to float16."""
+    return isinstance(function, Cast) and function._in_type == np.float16 and np.dtype(function.type) != np.float16
+
+
+def input_gradient(function: Any, product: Product, gys: tuple[Any, ...], shift: int) -> Any:
+    """The gradient of input `product.data` times 2**shift, in that input's dtype.
+
+    gys: output gradients as arrays, None where there is none.
+    """
+    if shift == 0:
+        return backward_arrays(function, (product.data,), gys)[0]
+    retained = function.get_retained_inputs()
+    place = _place(function, product)
+    weight, gy = _scaled_operands(retained[place].array, gys[0], shift)
+    replaced = (*retained[:place], chainer.Variable(weight, requires_grad=False), *retained[place + 1 :])
+    # Chainer's backward reads its weight through this method and nowhere else.
+    function.get_retained_inputs = lambda: replaced
+    try:
+        (gx,) = backward_arrays(function, (product.data,), (gy, *gys[1:]))
+    finally:
+        del function.get_retained_inputs
+    return gx.astype(function.inputs[product.data].dtype, copy=False)
+
+
+def weight_of(function: Any, product: Product) -> Any:
+    """The array that the function multiplies its output gradient by."""
+    return function.get_retained_inputs()[_place(function, product)].array
+
+
+def _place(function: Any, product: Product) -> int:
+    return tuple(function._input_indexes_to_retain).index(product.weight)
+
+
+def backward_arrays(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Chainer's own backward of a function, on arrays: the gradients of the inputs `targets`, None where there is none."""
+    if not targets:
+        return ()
+    variables = tuple(None if gy is None else chainer.Variable(gy, requires_grad=False) for gy in gys)
+    if type(function).backward_accumulate is not chainer.FunctionNode.backward_accumulate:
+        gxs = function.backward_accumulate(targets, variables, (None,) * len(targets))
+    else:
+        gxs = function.backward(targets, variables)
+    if len(gxs) == len(function.inputs):
+        gxs = [gxs[index] for index in targets]
+    elif len(gxs) != len(targets):
+        raise ValueError(f"{function.label} returned {len(gxs)} gradients for {len(targets)} inputs.")
+    return tuple(None if gx is None else gx.raw_array for gx in gxs)
+
+
+def _scaled_operands(weight: Any, gy: Any, shift: int) -> tuple[Any, Any]:
+    """Weight and gy with a product 2**shift times as large: the weight is scaled wherever that is exact.
+
+    On NumPy a float16 weight becomes float32, in which the product is computed anyway.
+    """
+    if weight.dtype != np.float16:
+        return shifted(weight, shift), gy
+    if module_of(weight) is np:
+        return shifted(weight, shift, np.float32), gy
+    scaled = shifted(weight, shift)
+    exact = bool((shifted(scaled, -shift) == weight).all())
+    return (scaled, gy) if exact else (weight, shifted(gy, shift))

@@ -1,0 +1,76 @@
+"""A gradient in flight: an array and the exponent that it carries, and `align`, the one primitive for adding several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ada_loss.statistics import largest_magnitude
+
+_FLOAT32_EXPONENTS = 100
+"""Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""
+
+
+class InFlight(NamedTuple):
+    """The true gradient is `array` * 2**-`exponent`."""
+
+    array: Any
+    exponent: int = 0
+
+
+def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
+    """`array` * 2**`shift`, rounded once to `dtype` (default: the array's own); the array itself if nothing changes.
+
+    float16 goes through float32, where the product is exact.
+    """
+    dtype = np.dtype(dtype or array.dtype)
+    if shift == 0:
+        return array.astype(dtype, copy=False)
+    wide = array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+    while shift:
+        step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
+        wide = wide * wide.dtype.type(2.0**step)
+        shift -= step
+    return wide.astype(dtype, copy=False)
+
+
+def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
+    """Bring gradients to one exponent: the largest of theirs at which their sum cannot overflow.
+
+    Where no exponent of theirs is low enough, the largest lower one. Gradients whose exponents agree stay as they
+    are in formats wider than float16. Returns the arrays, new ones where they differ, and the exponent.
+    """
+    exponents = {gradient.exponent for gradient in gradients}
+    target = max(exponents)
+    if len(exponents) > 1 or (len(gradients) > 1 and gradients[0].array.dtype == np.float16):
+        target = _safe_exponent(gradients, target)
+    return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
+
+
+def add(gradients: Sequence[InFlight]) -> InFlight:
+    """The sum of gradients in flight, added from left to right as Chainer adds them."""
+    if len(gradients) == 1:
+        return gradients[0]
+    arrays, exponent = align(gradients)
+    dtype = arrays[0].dtype
+    total = arrays[0].astype(np.promote_types(dtype, np.float32), copy=False)
+    for array in arrays[1:]:
+        total = total + array
+    return InFlight(total.astype(dtype, copy=False), exponent)
+
+
+def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:
+    limit = float(np.finfo(gradients[0].array.dtype).max)
+    peaks = [(largest_magnitude(gradient.array), gradient.exponent) for gradient in gradients]
+    total = math.fsum(math.ldexp(peak, largest - exponent) for peak, exponent in peaks)
+    if not total > limit or not math.isfinite(total):
+        return largest
+    below = sorted({gradient.exponent for gradient in gradients}, reverse=True)[1:]
+    for exponent in below:
+        if math.ldexp(total, exponent - largest) <= limit:
+            return exponent
+    needed = math.frexp(total / limit)[1]
+    return largest - needed

@@ -1,0 +1,56 @@
+"""What makes a layer a scaled variant."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import chainer
+
+from ada_loss.config import AdaLossConfig
+
+Layer = TypeVar("Layer", bound=chainer.Link)
+
+_VARIANTS: dict[type, type] = {}
+
+
+class ScaledLayer:
+    """Marks a layer class whose function is a decision point inside `AdaLossScaled`; outside nothing changes."""
+
+    ada_loss_config: AdaLossConfig | None = None
+    """Settings of this layer alone; None for those of the scope."""
+
+    def with_config(self: Layer, config: AdaLossConfig | None) -> Layer:
+        """Give this layer settings of its own; returns the layer."""
+        self.ada_loss_config = config
+        return self
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        plain = next((base for base in cls.__bases__ if not issubclass(base, ScaledLayer)), None)
+        if plain is not None:
+            _VARIANTS.setdefault(plain, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Variants of a user's own layer classes are made on the fly, so pickle has to find them by the plain class.
+        _, arguments, *state = super().__reduce_ex__(2)
+        plain = next(base for base in type(self).__mro__ if base not in _VARIANTS.values() and base is not ScaledLayer)
+        return (_new_variant, (plain,), *state)
+
+
+def variant_class(plain: type) -> type:
+    """The scaled variant of a layer class, made on first use for classes that are not Chainer's own."""
+    if plain not in _VARIANTS:
+        type(f"AdaLoss{plain.__name__}", (ScaledLayer, plain), {"__module__": __name__, "__doc__": plain.__doc__})
+    return _VARIANTS[plain]
+
+
+def as_variant(layer: Layer) -> Layer:
+    """Turn a layer into its scaled variant, in place: everything that refers to it refers to the variant."""
+    if not isinstance(layer, ScaledLayer):
+        layer.__class__ = variant_class(type(layer))
+    return layer
+
+
+def _new_variant(plain: type) -> Any:
+    cls = variant_class(plain)
+    return cls.__new__(cls)

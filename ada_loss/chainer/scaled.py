@@ -1,0 +1,126 @@
+"""`AdaLossScaled`: wraps a model so that its gradients find their own scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import chainer
+import numpy as np
+from chainer import serializer as chainer_serializer
+
+from ada_loss.chainer.parameters import OuterScaleTracker, ScaledParameter
+from ada_loss.chainer.policy import Decision, ShiftPolicy
+from ada_loss.chainer.recorder import Recorder, recording
+from ada_loss.chainer.scope import Context, apply_in_scope
+from ada_loss.chainer.transforms import Filter, Report, named_links, transform
+from ada_loss.config import AdaLossConfig
+
+
+class AdaLossScaled(chainer.Chain):
+    """A link whose gradients carry scales of their own, chosen layer by layer while training runs.
+
+    Args:
+        link: any link. It becomes `.link`; its layers become scaled variants, in place.
+        loss_scale_method: the rule, see `AdaLossConfig`, which also describes the other `settings`.
+        filter: a function (path, link) -> bool that says which layers to scale; all of them by default.
+        output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in float32,
+            and the gradients that enter are scaled before they are rounded.
+        settings: any field of `AdaLossConfig`; a bad one raises a ValueError.
+
+    Call it as the link itself: it takes and returns what the link takes and returns. Without backprop mode, and inside
+    another `AdaLossScaled`, it is just the link. Attributes and methods of the link are reachable on it. Saved, it has
+    the paths of the plain link, and its own state beside them under `ada_loss/`.
+
+    The parameters' gradients stay scaled until an optimizer that `ada_loss.chainer.prepare` has prepared asks for them.
+    """
+
+    def __init__(
+        self,
+        link: chainer.Link,
+        loss_scale_method: str = "approx_range",
+        *,
+        filter: Filter | None = None,
+        output_dtype: Any = "float32",
+        **settings: Any,
+    ) -> None:
+        config = AdaLossConfig(loss_scale_method=loss_scale_method, **settings)
+        if not isinstance(link, chainer.Link):
+            raise TypeError(f"AdaLossScaled wraps a chainer.Link, not {type(link).__name__}.")
+        super().__init__()
+        self.report, layers = transform(link, filter)
+        self.policy = ShiftPolicy(config, layers)
+        self._outer = OuterScaleTracker()
+        self._output_dtype = None if output_dtype is None else np.dtype(output_dtype)
+        with self.init_scope():
+            self.link = link
+
+    report: Report
+    """What the transform converted and what it left, and why."""
+
+    policy: ShiftPolicy
+    """The shifts and the entry scale."""
+
+    @property
+    def config(self) -> AdaLossConfig:
+        return self.policy.config
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """The latest decision of every decision point, in the order in which backward first met them."""
+        return list(self.policy.decisions.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if recording():
+            return self.link(*args, **kwargs)
+        context = Context(self.policy, self._outer, self._recorder, self._output_dtype)
+        if not chainer.config.enable_backprop:
+            return context.cast_results(self.link(*args, **kwargs))
+        return apply_in_scope(self.link, args, kwargs, context)
+
+    def true_gradients(self) -> dict[str, Any]:
+        """Each parameter's true gradient as a new float32 array, by its path in the plain link; None where there is none."""
+        return {path: _true_gradient(parameter) for path, parameter in self.link.namedparams()}
+
+    def cleargrads(self) -> None:
+        super().cleargrads()
+        self.policy.begin_step()
+
+    def namedparams(self, include_uninit: bool = True) -> Iterator[tuple[str, chainer.Parameter]]:
+        """Parameters by their paths in the plain link."""
+        return self.link.namedparams(include_uninit)
+
+    def serialize(self, serializer: Any) -> None:
+        self.link.serialize(serializer)
+        own = serializer["ada_loss"]
+        if isinstance(serializer, chainer_serializer.Serializer):
+            own("state", np.frombuffer(self.policy.to_json().encode(), np.uint8))
+        else:
+            _load_state(own, self.policy)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only names that the wrapper itself does not have come here; before __init__ has run there is no link yet.
+        if name.startswith("__") or "link" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.link, name)
+
+    def _recorder(self) -> Recorder:
+        paths = {id(link): path for path, link in named_links(self.link).items()}
+        return Recorder(paths, self.policy.next_index)
+
+
+def _true_gradient(parameter: chainer.Parameter) -> Any:
+    if isinstance(parameter, ScaledParameter):
+        return parameter.true_gradient()
+    return None if parameter.grad is None else parameter.grad.astype(np.float32)
+
+
+def _load_state(serializer: Any, policy: ShiftPolicy) -> None:
+    try:
+        state = serializer("state", None)
+    except KeyError:
+        state = None
+    if state is None:
+        policy.reset()
+    else:
+        policy.load_json(np.asarray(state).tobytes().decode())

@@ -1,0 +1,88 @@
+"""The scale with which gradients enter a scope, and how it answers overflow: one mechanism for every method."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ada_loss.config import AdaLossConfig
+
+MIN_EXPONENT = -24
+"""Below this scale nothing is left to back off to."""
+
+MAX_EXPONENT = 15
+"""Dynamic scaling stops growing here, at the largest power of two that float16 holds."""
+
+PATIENCE = 8
+"""How many steps in a row may overflow at the smallest scale before the run counts as diverged."""
+
+RECOVERY_INTERVAL = 1000
+"""After how many good steps a scale that backed off without being dynamic takes one step back up."""
+
+
+@dataclass(frozen=True)
+class EntryScale:
+    """The entry scale 2**exponent and what decides its next value; `after` makes the next one.
+
+    A step whose gradients are not all finite halves the scale. `interval` good steps in a row double it, at every
+    good step until the first overflow (Chainer's dynamic rule); without an interval the scale only recovers, slowly,
+    towards its initial value.
+
+    skipped: steps that overflowed so far. overflows: those since the last good one. good_steps: good ones since the
+    scale last changed.
+    """
+
+    initial: int = 0
+    interval: int | None = None
+    exponent: int = 0
+    good_steps: int = 0
+    overflows: int = 0
+    skipped: int = 0
+
+    @classmethod
+    def from_config(cls, config: AdaLossConfig) -> EntryScale:
+        """The entry scale at the beginning of training."""
+        return cls(config.init_exponent, config.dynamic_interval, config.init_exponent)
+
+    @property
+    def scale(self) -> float:
+        return 2.0**self.exponent
+
+    @property
+    def backoff(self) -> int:
+        """By how many powers of two the scale is below its initial value because of overflows."""
+        return max(0, self.initial - self.exponent)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether steps keep overflowing although the scale cannot be lowered any more."""
+        return self.exponent <= MIN_EXPONENT and self.overflows >= PATIENCE
+
+    def after(self, *, finite: bool) -> EntryScale:
+        """The entry scale after a step whose gradients were all finite, or were not."""
+        if not finite:
+            return replace(
+                self,
+                exponent=max(MIN_EXPONENT, self.exponent - 1),
+                good_steps=0,
+                overflows=self.overflows + 1,
+                skipped=self.skipped + 1,
+            )
+        steps = replace(self, good_steps=self.good_steps + 1, overflows=0)
+        if self.exponent >= self._ceiling or steps.good_steps < self._growth_interval:
+            return steps
+        return replace(steps, exponent=self.exponent + 1, good_steps=0)
+
+    @property
+    def _ceiling(self) -> int:
+        return self.initial if self.interval is None else max(MAX_EXPONENT, self.initial)
+
+    @property
+    def _growth_interval(self) -> int:
+        if self.interval is None:
+            return RECOVERY_INTERVAL
+        return self.interval if self.skipped else 1
+
+    def to_state(self) -> dict[str, Any]:
+        """Every field, for a snapshot."""
+        return asdict(self)
