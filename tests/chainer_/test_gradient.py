@@ -1,0 +1,83 @@
+"""Alignment and addition of gradients in flight."""
+
+import math
+
+import numpy as np
+import pytest
+from ada_loss.chainer.gradient import InFlight, add, align, shifted
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20)
+
+
+def in_flight(array, exponent):
+    """A true gradient, as float16 with an exponent."""
+    return InFlight(np.ldexp(array, exponent).astype(np.float16), exponent)
+
+
+@pytest.mark.parametrize("shift", [-200, -30, -1, 0, 1, 30, 200])
+def test_shifting_multiplies_by_a_power_of_two_and_rounds_once(rng, shift):
+    array = np.ldexp(rng.standard_normal(100), -shift // 2).astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.ldexp(array.astype(np.float64), shift).astype(np.float32)
+    np.testing.assert_array_equal(shifted(array, shift), expected)
+
+
+def test_shifting_float16_loses_nothing_that_float16_can_hold(rng):
+    array = rng.standard_normal(1000).astype(np.float16)
+    np.testing.assert_array_equal(shifted(shifted(array, 6), -6), array)
+    np.testing.assert_array_equal(shifted(array, -20, np.float32), np.ldexp(array.astype(np.float32), -20))
+
+
+def test_fan_out_aligns_to_the_largest_safe_exponent(rng):
+    gradient = rng.standard_normal(50)
+    arrays, exponent = align([in_flight(gradient, 3), in_flight(gradient, 9), in_flight(gradient, 6)])
+    assert exponent == 9
+    for array in arrays:
+        np.testing.assert_allclose(np.ldexp(array.astype(np.float64), -9), gradient, rtol=1e-3)
+
+
+def test_alignment_falls_to_a_lower_exponent_where_the_sum_would_overflow():
+    large, small = InFlight(np.float16([30000.0]), 0), InFlight(np.float16([1.0]), 2)
+    arrays, exponent = align([large, small])
+    assert exponent == 0
+    assert [array.item() for array in arrays] == [30000.0, 0.25]
+
+
+def test_alignment_goes_below_every_incoming_exponent_if_it_has_to():
+    total = add([InFlight(np.float16([60000.0]), 0), InFlight(np.float16([60000.0]), 0)])
+    assert total.exponent == -1
+    assert total.array.item() == 60000.0
+
+
+def test_an_overflowed_gradient_stays_visible():
+    total = add([InFlight(np.float16([np.inf]), 4), InFlight(np.float16([1.0]), 0)])
+    assert not np.isfinite(total.array).any()
+
+
+def test_addition_modifies_nothing(rng):
+    gradients = [in_flight(rng.standard_normal(9), exponent) for exponent in (0, 5, 5)]
+    before = [gradient.array.copy() for gradient in gradients]
+    add(gradients)
+    for gradient, array in zip(gradients, before, strict=True):
+        np.testing.assert_array_equal(gradient.array, array)
+
+
+def test_float32_is_added_from_left_to_right_whatever_the_exponents(rng):
+    parts = [rng.standard_normal(200).astype(np.float32) for _ in range(5)]
+    exponents = [0, 7, -3, 12, 7]
+    total = add([InFlight(np.ldexp(part, e), e) for part, e in zip(parts, exponents, strict=True)])
+    expected = (((parts[0] + parts[1]) + parts[2]) + parts[3]) + parts[4]
+    np.testing.assert_array_equal(np.ldexp(total.array, -total.exponent), expected)
+
+
+def test_the_sum_of_random_gradients_is_as_good_as_float16_allows(rng):
+    gradients = [rng.standard_normal(100) * 10.0**scale for scale in rng.uniform(-6, 0, 4)]
+    flying = [in_flight(g, 10 - math.frexp(np.abs(g).max())[1]) for g in gradients]
+    total = add(flying)
+    expected = np.sum(gradients, axis=0)
+    np.testing.assert_allclose(
+        np.ldexp(total.array.astype(np.float64), -total.exponent), expected, atol=2e-3 * np.abs(expected).max()
+    )
