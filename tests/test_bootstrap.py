@@ -149,6 +149,15 @@ def test_environment_of_somebody_else_is_used_and_never_deleted(
     assert treasure.exists()
 
 
+def test_file_in_the_place_of_the_environment_ends_with_a_sentence(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout.root / ".venv").write_text("precious")
+    assert checkout.bootstrap.main([]) == 2
+    assert re.fullmatch(r"bootstrap: .*\.venv.*try again\.\n", capsys.readouterr().err)
+    assert (checkout.root / ".venv").read_text() == "precious"
+
+
 def test_unknown_group_is_named_with_the_choices(checkout: Checkout) -> None:
     with pytest.raises(checkout.bootstrap.Failure, match="no group tensorflow; choose from base, .*torch"):
         checkout.bootstrap.check_groups({"tensorflow"}, checkout.bootstrap.available_groups())

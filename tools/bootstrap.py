@@ -55,8 +55,11 @@ def main(arguments: List[str]) -> int:
             return hand_over(arguments)
         with exclusive_access():
             set_up(check_groups(set(arguments), available_groups()))
-    except (Failure, OSError) as failure:
+    except Failure as failure:
         print("bootstrap: {}".format(failure), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print("bootstrap: {}; see to that place, then try again.".format(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nbootstrap: interrupted; the next run starts over.", file=sys.stderr)
@@ -126,7 +129,7 @@ def set_up(requested: Set[str]) -> None:
 
     started = time.monotonic()
     version = "{}.{}".format(*sys.version_info)
-    print("Setting up .venv with Python {}, half a minute the first time ...".format(version), flush=True)
+    print("Setting up .venv with Python {}, about a minute the first time ...".format(version), flush=True)
     if not ours:
         adopt_environment()
     elif not PYTHON.exists() or "inputs" not in stamp or not home.items() <= stamp.items():
