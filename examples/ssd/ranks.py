@@ -1,0 +1,176 @@
+"""The processes that train together: one alone, or those that an MPI launcher started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import chainer
+from chainer.backends import cuda
+
+from errors import BAD_INPUT, InputError
+
+T = TypeVar("T")
+
+COMMUNICATORS = ("auto", "naive", "flat", "pure_nccl")
+# What launchers (MPICH and its relatives, Open MPI, MVAPICH) tell the processes that they start.
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+class Alone:
+    """One process without MPI."""
+
+    rank = 0
+    size = 1
+    intra_rank = 0
+
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        return [value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value on rank 0; an empty list on the others."""
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        return value
+
+    def mean(self, value: float) -> float:
+        """The mean over the ranks, on every rank."""
+        return value
+
+    def multi_node(self, optimizer: chainer.Optimizer) -> Any:
+        """An optimizer that averages gradients over the ranks."""
+        return optimizer
+
+    def share_parameters(self, optimizer: Any) -> None:
+        """Give every rank the parameters of rank 0; call it before the first update."""
+
+    def together(self, step: Callable[[], T]) -> T:
+        """The result of a step that every rank takes; an InputError on one of them is raised on all."""
+        return step()
+
+    def rank_0_first(self, step: Callable[[], T]) -> T:
+        """As `together`, for a step that is better not taken by several ranks at once."""
+        first = self.together(lambda: step() if self.rank == 0 else None)
+        others = self.together(lambda: step() if self.rank else None)
+        return first if self.rank == 0 else others  # type: ignore[return-value]
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End all ranks after an error on this one."""
+        raise error
+
+
+class Together(Alone):
+    """The ranks of an MPI job, on a ChainerMN communicator."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank = comm.rank
+        self.size = comm.size
+        self.intra_rank = comm.intra_rank
+
+    def all_gather(self, value: T) -> list[T]:
+        return self._comm.mpi_comm.allgather(value)
+
+    def gather(self, value: T) -> list[T]:
+        return self._comm.mpi_comm.gather(value) or []
+
+    def broadcast(self, value: T) -> T:
+        return self._comm.mpi_comm.bcast(value)
+
+    def mean(self, value: float) -> float:
+        return self._comm.mpi_comm.allreduce(value) / self.size
+
+    def multi_node(self, optimizer: chainer.Optimizer) -> Any:
+        import chainermn
+
+        return chainermn.create_multi_node_optimizer(optimizer, self._comm)
+
+    def share_parameters(self, optimizer: Any) -> None:
+        self._comm.bcast_data(optimizer.target)
+        # ChainerMN's first update would only do the same, and lose its gradients; asked now, it knows it is
+        # done.
+        optimizer.is_changed(optimizer.target)
+
+    def together(self, step: Callable[[], T]) -> T:
+        result, message = None, None
+        try:
+            result = step()
+        except InputError as error:
+            message = str(error)
+        for rank, failure in enumerate(self.all_gather(message)):
+            if failure is not None:
+                raise InputError(failure if rank == 0 else f"{failure} (seen by rank {rank})")
+        return result  # type: ignore[return-value]
+
+    def fail(self, error: BaseException) -> NoReturn:
+        bad_input = isinstance(error, InputError)
+        text = f"error: {error}" if bad_input else "".join(traceback.format_exception(error))
+        print(f"rank {self.rank} of {self.size} failed, ending all: {text}", file=sys.stderr, flush=True)
+        # The others may wait in a collective call for ever.
+        self._comm.mpi_comm.Abort(BAD_INPUT if bad_input else 1)
+        raise error
+
+
+def launched_size() -> int | None:
+    """How many processes an MPI launcher started; None without a launcher."""
+    return _first_number(SIZE_VARIABLES)
+
+
+def launched_rank() -> int:
+    """This process's number among those that a launcher started, 0 without one; needs no MPI."""
+    return _first_number(RANK_VARIABLES) or 0
+
+
+def start_ranks(communicator: str, on_gpu: bool) -> Alone:
+    """Join the other ranks if there are any. Raises InputError if this machine can't run the communicator."""
+    size = launched_size()
+    name = communicator
+    if name == "auto":
+        name = "pure_nccl" if on_gpu else "naive"
+    _check_communicator(name, on_gpu)
+    if size is None:
+        return Alone()
+    try:
+        import chainermn
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"An MPI launcher started {size} processes but MPI can't be used ({reason}): install mpi4py and "
+            "an MPI (pip install mpi4py mpich), or run without the launcher."
+        ) from None
+    if MPI.COMM_WORLD.size != size:
+        raise InputError(
+            f"The launcher started {size} processes but MPI sees {MPI.COMM_WORLD.size}: use the mpiexec of "
+            "the MPI that mpi4py loads (the one beside this Python, if that was installed by pip)."
+        )
+    return Together(chainermn.create_communicator(name))
+
+
+def _check_communicator(name: str, on_gpu: bool) -> None:
+    if name != "naive" and not on_gpu:
+        raise InputError(
+            f"The communicator {name} needs a GPU and CuPy: use --communicator naive on the CPU."
+        )
+    if name == "pure_nccl":
+        try:
+            from cupy.cuda import nccl  # noqa: F401
+        except ImportError:
+            raise InputError(
+                "The communicator pure_nccl needs a CuPy with NCCL: use --communicator flat."
+            ) from None
+
+
+def gpu_is_there() -> bool:
+    return cuda.available and cuda.cupy.cuda.is_available()
+
+
+def _first_number(names: tuple[str, ...]) -> int | None:
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)

@@ -1,0 +1,146 @@
+"""What training shows and writes while it runs: progress, table, JSON, CSV, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainer.training import Extension, Trainer, extensions
+
+from ada_loss.chainer import Diverged
+from errors import InputError
+from files import write_whole
+from ranks import Alone
+
+LOG_FILE = "log.json"
+CSV_FILE = "log.csv"
+LOSSES = ("main/loss", "main/loss/loc", "main/loss/conf")
+COLUMNS = ("epoch", "iteration", *LOSSES, "lr", "scale", "skipped", "map", "elapsed_time", "time_left")
+PRINTED = ("iteration", "main/loss", "lr", "scale", "skipped", "map", "elapsed_time", "time_left")
+ERASE = "\033[J"
+
+Trigger = Callable[[Trainer], bool]
+
+
+class PlainStream:
+    """Standard output without the control codes that Chainer's reports move the cursor with."""
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text.replace(ERASE, ""))
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+class StopAfter:
+    """The trigger that ends training; unlike Chainer's it also ends a run that is resumed at its end."""
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+
+    def __call__(self, trainer: Trainer) -> bool:
+        return trainer.updater.iteration >= self._iterations
+
+    def get_training_length(self) -> tuple[int, str]:
+        return self._iterations, "iteration"
+
+
+def every(interval: int, last: int) -> Trigger:
+    """Fires every `interval` iterations and at the last one."""
+    return lambda trainer: trainer.updater.iteration % interval == 0 or trainer.updater.iteration == last
+
+
+def at(iterations: Sequence[int]) -> Trigger:
+    """Fires at the iterations named."""
+    wanted = frozenset(iterations)
+    return lambda trainer: trainer.updater.iteration in wanted
+
+
+def add_reports(trainer: Trainer, ranks: Alone, interval: int, last: int, tensorboard: bool) -> None:
+    """Give a trainer everything in this module; on all ranks alike, shown and written by rank 0."""
+    first = ranks.rank == 0
+    log = extensions.LogReport(
+        trigger=every(interval, last),
+        filename=LOG_FILE if first else None,
+        postprocess=lambda row: _complete_row(row, ranks, last),
+    )
+    trainer.extend(log, name="LogReport", trigger=(1, "iteration"))
+    trainer.extend(_stop_if_diverged, name="StopIfDiverged", trigger=every(interval, last), priority=-1)
+    if not first:
+        return
+    on_terminal = sys.stdout.isatty()
+    stream = sys.stdout if on_terminal else PlainStream()
+    trainer.extend(extensions.PrintReport(PRINTED, out=stream), trigger=every(interval, last))
+    trainer.extend(_write_csv, name="CsvReport", trigger=every(interval, last))
+    if on_terminal:
+        trainer.extend(extensions.ProgressBar(update_interval=5))
+    if tensorboard:
+        trainer.extend(TensorBoard(Path(trainer.out)), trigger=every(interval, last))
+
+
+def log_rows(trainer: Trainer) -> list[dict[str, float]]:
+    return trainer.get_extension("LogReport").log
+
+
+class TensorBoard(Extension):
+    """Passes the log's newest row on to TensorBoard."""
+
+    def __init__(self, out: Path) -> None:
+        self._writer = find_summary_writer()(str(out / "tensorboard"))
+
+    def __call__(self, trainer: Trainer) -> None:
+        row = log_rows(trainer)[-1]
+        for name in row.keys() - {"iteration"}:
+            self._writer.add_scalar(name, row[name], row["iteration"])
+        self._writer.flush()
+
+    def finalize(self) -> None:
+        self._writer.close()
+
+
+def find_summary_writer() -> Callable[[str], Any]:
+    """The class that writes for TensorBoard, from whichever package has it."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError(
+                "--tensorboard needs a package that is not there: pip install tensorboardX."
+            ) from None
+    return SummaryWriter
+
+
+def csv_text(rows: Sequence[Mapping[str, float]]) -> str:
+    """The log as CSV; the columns that only some rows have are empty in the others."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns += sorted({name for row in rows for name in row} - set(columns))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _complete_row(row: dict[str, float], ranks: Alone, last: int) -> None:
+    for name in LOSSES:
+        row[name] = ranks.mean(row[name])
+    row["time_left"] = round(row["elapsed_time"] / row["iteration"] * (last - row["iteration"]))
+
+
+def _stop_if_diverged(trainer: Trainer) -> None:
+    row = log_rows(trainer)[-1]
+    if not math.isfinite(row["main/loss"]):
+        raise Diverged(
+            f"Training diverged: the loss is {row['main/loss']} after {row['iteration']} iterations."
+        )
+
+
+def _write_csv(trainer: Trainer) -> None:
+    write_whole(Path(trainer.out) / CSV_FILE, csv_text(log_rows(trainer)))

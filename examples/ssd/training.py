@@ -1,0 +1,250 @@
+"""Assembles a training run from its settings and carries it out."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import chainer
+import cv2
+import numpy as np
+from chainer.backends import cuda
+from chainer.training import StandardUpdater, Trainer
+from chainer.training.extension import PRIORITY_WRITER
+from chainercv.links.model.ssd import SSD
+
+from ada_loss.chainer import AdaLossScaled, Diverged, prepare
+from arguments import Settings
+from batches import BatchIterator, Schedule
+from checkpoints import FOLDER, Checkpoints, RandomState, resume
+from data_voc import JoinedDatasets
+from datasets import DATASETS
+from detector import Detector
+from encoding import TrainingSamples
+from errors import InputError
+from evaluation import evaluate
+from files import write_json
+from loss import MultiboxLoss
+from models import build_model, input_dtype
+from optimization import learning_rate, make_optimizer
+from ranks import Alone
+from reporting import LOG_FILE, StopAfter, add_reports, at, every, log_rows
+from weights import load_pretrained, save_weights
+
+RESULT_FILE = "result.json"
+WEIGHTS_FILE = "model.npz"
+
+
+def scale_gradients(model: SSD, settings: Settings) -> chainer.Link:
+    """The model with the loss scaling asked for; `prepare_optimizer` is the other half of it."""
+    return model if settings.dtype == "float32" else AdaLossScaled(model, **settings.scaling)
+
+
+def prepare_optimizer(optimizer: Any, settings: Settings) -> Any:
+    return optimizer if settings.dtype == "float32" else prepare(optimizer)
+
+
+class TrainChain(chainer.Chain):
+    """A detector and its loss: a function of a batch of samples."""
+
+    def __init__(self, model: chainer.Link, loss: MultiboxLoss, multiplier: float) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.model = model
+        self._loss = loss
+        self._multiplier = multiplier
+        self._dtype = input_dtype(model)
+
+    def forward(
+        self, images: np.ndarray, gt_mb_locs: np.ndarray, gt_mb_labels: np.ndarray
+    ) -> chainer.Variable:
+        mb_locs, mb_confs = self.model(images.astype(self._dtype, copy=False))
+        loc_loss, conf_loss = self._loss(mb_locs, mb_confs, gt_mb_locs, gt_mb_labels)
+        loss = loc_loss + conf_loss
+        chainer.report({"loss": loss, "loss/loc": loc_loss, "loss/conf": conf_loss}, self)
+        return loss * self._multiplier
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, assembled and not yet begun."""
+
+    settings: Settings
+    ranks: Alone
+    model: SSD
+    trainer: Trainer
+
+    def train(self) -> dict[str, Any]:
+        """Train and write weights and result.json; returns what that file holds. All ranks call it."""
+        outcome, message = "finished", None
+        try:
+            self.trainer.run(show_loop_exception_msg=False)
+        except Diverged as error:
+            outcome, message = "diverged", str(error)
+        result = self._result(outcome, message)
+        if self.ranks.rank == 0:
+            if outcome == "finished":
+                save_weights(self.settings.out / WEIGHTS_FILE, self.model)
+            write_json(self.settings.out / RESULT_FILE, result)
+        return result
+
+    def _result(self, outcome: str, message: str | None) -> dict[str, Any]:
+        evaluated = [row for row in log_rows(self.trainer) if "map" in row]
+        last = evaluated[-1] if evaluated and outcome == "finished" else {}
+        skipped, scale = scaling_state(self.trainer.updater.get_optimizer("main"))
+        return {
+            "method": method_name(self.settings),
+            "outcome": outcome,
+            "message": message,
+            "map": last.get("map"),
+            "average_precision": {
+                name: last.get(f"ap/{name}") for name in DATASETS[self.settings.dataset].classes
+            },
+            "seed": self.settings.seed,
+            "iterations": self.trainer.updater.iteration,
+            "seconds": round(self.trainer.elapsed_time, 1),
+            "skipped_steps": skipped,
+            "final_scale": scale,
+            "ranks": self.ranks.size,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "settings": self.settings.as_json(),
+        }
+
+
+def assemble(settings: Settings, ranks: Alone, on_gpu: bool) -> Run:
+    """Everything that a run needs, brought to where the checkpoint stands that it resumes. All ranks call it.
+
+    Raises InputError on all of them if something is amiss, before any file is written.
+    """
+    cv2.setNumThreads(0)
+    np.random.seed(settings.seed + ranks.rank)
+    ranks.together(lambda: _check_output(settings))
+    # What is made or fetched should be so once.
+    train_set, test_set, model = ranks.rank_0_first(lambda: _open_inputs(settings))
+    samples = TrainingSamples.of_model(train_set, model, DATASETS[settings.dataset].recipe, settings.seed)
+    if on_gpu:
+        cuda.get_device_from_id(ranks.intra_rank).use()
+        model.to_gpu()
+    loss = MultiboxLoss(settings.loss_norm, ranks.mean)
+    chain = TrainChain(scale_gradients(model, settings), loss, settings.loss_multiplier)
+    optimizer = prepare_optimizer(ranks.multi_node(make_optimizer(chain, settings.loss_multiplier)), settings)
+    ranks.share_parameters(optimizer)
+    schedule = Schedule(len(samples), settings.batchsize, settings.seed, ranks.rank, ranks.size)
+    iterator = BatchIterator(samples, schedule, settings.loaders)
+    updater = StandardUpdater(iterator, optimizer, device=ranks.intra_rank if on_gpu else None)
+    trainer = Trainer(updater, StopAfter(settings.iteration), out=str(settings.out))
+    _extend(trainer, settings, ranks, Detector(model, decoder=settings.decoder), test_set)
+    if settings.resume is not None:
+        _resume(trainer, settings, ranks)
+    return Run(settings, ranks, model, trainer)
+
+
+def scaling_state(optimizer: Any) -> tuple[int, float]:
+    """How many steps were skipped so far, and the scale of the loss now; (0, 1) without loss scaling."""
+    overflow = getattr(optimizer, "overflow", None)
+    return (0, 1.0) if overflow is None else (overflow.skipped, 2.0**overflow.exponent)
+
+
+def method_name(settings: Settings) -> str:
+    """The loss scaling of a run in a few words."""
+    if settings.dtype == "float32":
+        return "float32"
+    if settings.loss_scale_method != "fixed":
+        every = settings.update_per_n_iteration
+        return settings.loss_scale_method + (f", chosen every {every} iterations" if every > 1 else "")
+    if settings.dynamic_interval is not None:
+        return f"dynamic, interval {settings.dynamic_interval}"
+    return "no loss scale" if settings.init_scale == 1 else f"fixed {settings.init_scale:g}"
+
+
+def summary(result: dict[str, Any], out: Path) -> str:
+    """A run in one line."""
+    settings = result["settings"]
+    precision = "no mAP" if result["map"] is None else f"mAP {result['map']:.4f}"
+    return (
+        f"{settings['model']} on {settings['dataset']} | {settings['dtype']}, {result['method']} "
+        f"| seed {result['seed']} | {result['outcome']} after {result['iterations']} iterations "
+        f"in {result['seconds']:.0f} s | {precision} | {result['skipped_steps']} steps skipped "
+        f"| {out / RESULT_FILE}"
+    )
+
+
+def _open_inputs(settings: Settings) -> tuple[JoinedDatasets, JoinedDatasets, SSD]:
+    kind = DATASETS[settings.dataset]
+    train_set, test_set = kind.open_train(settings.dataset_dir), kind.open_test(settings.dataset_dir)
+    model = build_model(settings.model, len(kind.classes), settings.initializer, settings.seed)
+    load_pretrained(model, settings.pretrained, settings.model_dir)
+    return train_set, test_set, model
+
+
+def _check_output(settings: Settings) -> None:
+    """Leave the files of an earlier run alone, unless this one goes on with it."""
+    out = settings.out
+    found = [name for name in (RESULT_FILE, LOG_FILE, FOLDER) if (out / name).exists()]
+    goes_on = settings.resume == "auto" or (
+        settings.resume is not None
+        and out.resolve() in [Path(settings.resume).resolve(), *Path(settings.resume).resolve().parents]
+    )
+    if found and not goes_on:
+        raise InputError(
+            f"{out} holds an earlier run ({found[0]}): name another folder with --out, or go on with that "
+            "run with --resume auto."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} can't be made ({error.strerror}): name another folder with --out.") from None
+
+
+def _extend(
+    trainer: Trainer, settings: Settings, ranks: Alone, detector: Detector, test_set: JoinedDatasets
+) -> None:
+    last = settings.iteration
+    optimizer = trainer.updater.get_optimizer("main")
+
+    def set_learning_rate(trainer: Trainer) -> None:
+        done = trainer.updater.iteration
+        optimizer.lr = learning_rate(settings.lr, settings.step, settings.warm_up, done)
+
+    def report_state(trainer: Trainer) -> None:
+        skipped, scale = scaling_state(optimizer)
+        chainer.report({"lr": optimizer.lr, "skipped": skipped, "scale": scale})
+
+    def report_precision(trainer: Trainer) -> None:
+        precisions = evaluate(detector, test_set, ranks)
+        if precisions is not None:
+            names = DATASETS[settings.dataset].classes
+            found = {f"ap/{name}": ap for name, ap in zip(names, precisions, strict=True) if np.isfinite(ap)}
+            chainer.report({"map": np.nanmean(precisions), **found})
+
+    trainer.extend(report_state, name="State", priority=PRIORITY_WRITER + 1)
+    trainer.extend(
+        set_learning_rate, name="LearningRate", call_before_training=True, priority=PRIORITY_WRITER
+    )
+    trainer.extend(
+        report_precision, name="Precision", trigger=at([*settings.step, last]), priority=PRIORITY_WRITER
+    )
+    add_reports(trainer, ranks, settings.log_interval, last, settings.tensorboard)
+    trainer.extend(RandomState(), name="RandomState", trigger=at([]))
+    checkpoints = Checkpoints(settings.out / FOLDER, settings.numerics(), ranks)
+    trainer.extend(checkpoints, name="Checkpoints", trigger=every(settings.checkpoint_interval, last))
+
+
+def _resume(trainer: Trainer, settings: Settings, ranks: Alone) -> None:
+    origin = settings.out if settings.resume == "auto" else Path(settings.resume)
+    iteration = resume(trainer, origin, settings.numerics(), ranks)
+    if iteration is not None:
+        if ranks.rank == 0:
+            print(f"Goes on after iteration {iteration}.", flush=True)
+    elif settings.resume != "auto":
+        raise InputError(
+            f"There is no complete checkpoint in {origin}: name another one, or leave --resume out."
+        )
+    elif (settings.out / RESULT_FILE).exists():
+        raise InputError(
+            f"{settings.out} holds a finished run without a complete checkpoint to go on from: name another "
+            "folder with --out."
+        )

@@ -1,0 +1,106 @@
+"""Files of weights, ours, ChainerCV's, and VGG-16's from ImageNet: .npz with a model's paths as keys."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import chainer
+import numpy as np
+from chainer.dataset.download import get_dataset_root
+from chainercv.links import SSD300
+from chainercv.links.model.ssd import SSD
+from chainercv.utils import download_model
+
+from errors import InputError
+
+IMAGENET_URL = SSD300._models["imagenet"]["url"]
+# One convolution of each model that the others do not have.
+MODEL_MARKS = {
+    "extractor/conv12_1/W": "ssd512",
+    "extractor/conv11_1/W": "ssd300",
+    "extractor/conv6/W": "small",
+}
+# All our models have four default boxes in each cell of their first feature map.
+FIRST_HEAD = "multibox/conf/0/b"
+BOXES_IN_FIRST_CELLS = 4
+
+
+def load_pretrained(model: SSD, pretrained: str, model_dir: Path | None) -> None:
+    """Start from weights: "imagenet" for VGG-16's, "none" for nothing, otherwise a file."""
+    if pretrained == "imagenet":
+        load_weights(find_imagenet(model_dir), model, partial=True)
+    elif pretrained != "none":
+        load_weights(Path(pretrained), model, partial=True)
+
+
+def find_imagenet(model_dir: Path | None) -> Path:
+    """The file of VGG-16's weights: in the folder given, or where ChainerCV keeps its models."""
+    folder = model_dir or Path(get_dataset_root()) / "pfnet" / "chainercv" / "models"
+    path = folder / os.path.basename(IMAGENET_URL)
+    if path.exists():
+        return path
+    reason = "it is not there"
+    if model_dir is None:
+        try:
+            return Path(download_model(IMAGENET_URL))
+        except OSError as error:
+            reason = str(error)
+    raise InputError(
+        f"The ImageNet weights {path.name} can't be had ({reason}): put that file into {folder}, or start "
+        "without them with --pretrained none."
+    )
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file. Raises InputError if it is missing, damaged or something else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} can't be read as a file of weights, .npz ({error}): name another file."
+        ) from None
+
+
+def load_weights(path: Path, model: SSD, partial: bool = False) -> None:
+    """Copy a file's weights into a model whose parameters are initialized.
+
+    Args:
+        path: the file.
+        model: gets the weights, cast to its dtypes.
+        partial: whether the file may lack some of the model's parameters. It may hold others in any case.
+    """
+    arrays = read_weights(path)
+    parameters = {name.lstrip("/"): parameter for name, parameter in model.namedparams()}
+    common = sorted(parameters.keys() & arrays.keys())
+    missing = sorted(parameters.keys() - arrays.keys())
+    if not common or (missing and not partial):
+        raise InputError(
+            f"{path} holds another model's weights ({missing[0]} is missing): name a file of this model."
+        )
+    for name in common:
+        if parameters[name].shape != arrays[name].shape:
+            raise InputError(
+                f"{path} holds another model's weights ({name} has shape {arrays[name].shape}, not "
+                f"{parameters[name].shape}): name a file of this model and number of classes."
+            )
+        parameters[name].array[...] = arrays[name]
+
+
+def save_weights(path: Path, model: SSD) -> None:
+    """Write a model's weights; a file of that name is replaced when the new one is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        chainer.serializers.save_npz(file, model)
+    os.replace(partial, path)
+
+
+def identify(path: Path) -> tuple[str, int]:
+    """Which model's weights a file holds, and for how many classes without the background."""
+    arrays = read_weights(path)
+    for mark, name in MODEL_MARKS.items():
+        if mark in arrays and FIRST_HEAD in arrays:
+            return name, arrays[FIRST_HEAD].size // BOXES_IN_FIRST_CELLS - 1
+    raise InputError(f"{path} holds weights of no model known here: small, ssd300 or ssd512.")
