@@ -291,6 +291,7 @@ def _checked(
 
 _count = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 _count_or_zero = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
+share = _checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _positive = _checked(float, lambda value: 0 < value < math.inf, "a positive number")
 _power_of_two = _checked(
     lambda text: _number(text),

@@ -39,6 +39,7 @@ def suppress(
     apart: dict[int, np.ndarray] = {}
     kept: list[int] = []
     corners = np.ascontiguousarray(bbox.T)
+    area = (corners[2] - corners[0]) * (corners[3] - corners[1])
     # Empty boxes, and boxes that are not finite, overlap nothing.
     with np.errstate(invalid="ignore", divide="ignore"):
         for position, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
@@ -47,15 +48,14 @@ def suppress(
                 if len(kept) == limit:
                     break
                 if row not in apart:
-                    apart[row] = ~(_overlaps(corners, row) >= thresh)
+                    apart[row] = ~(_overlaps(corners, area, row) >= thresh)
                 alive[group] &= apart[row]
     return np.array(kept, dtype=int)
 
 
-def _overlaps(corners: np.ndarray, row: int) -> np.ndarray:
-    """Intersection over union of one box with all, (R,), given all boxes' coordinates (4, R)."""
+def _overlaps(corners: np.ndarray, area: np.ndarray, row: int) -> np.ndarray:
+    """Intersection over union of one box with all, (R,), given coordinates (4, R) and areas (R,)."""
     y_min, x_min, y_max, x_max = corners
-    area = (y_max - y_min) * (x_max - x_min)
     height = np.minimum(y_max, y_max[row]) - np.maximum(y_min, y_min[row])
     width = np.minimum(x_max, x_max[row]) - np.maximum(x_min, x_min[row])
     common = height * width * ((height > 0) & (width > 0))

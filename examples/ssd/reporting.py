@@ -67,6 +67,7 @@ def add_reports(trainer: Trainer, ranks: Alone, interval: int, last: int, tensor
     log = extensions.LogReport(
         trigger=every(interval, last),
         filename=LOG_FILE if first else None,
+        log_name=None,
         postprocess=lambda row: _complete_row(row, ranks, last),
     )
     trainer.extend(log, name="LogReport", trigger=(1, "iteration"))

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Prints the mean average precision (PASCAL VOC 2007 metric) of a trained SSD; see --help."""
+
+from __future__ import annotations
+
+import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import DATASETS
+from detector import Detector
+from errors import InputError, ends_cleanly
+from evaluation import evaluate
+from ranks import start_ranks
+from saved import load_detector_model, weights_parser
+
+
+@ends_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = weights_parser("Print the mean average precision of a trained SSD, PASCAL VOC 2007 metric.")
+    parser.add_argument("--dataset", choices=DATASETS, help="its test images; those of the model's classes")
+    parser.add_argument("--dataset-dir", type=Path, help="folder with VOC2007, or where the digits
+    are") args = parser.parse_args(argv)
+
+    ranks = start_ranks("naive", on_gpu=False)
+    model, dataset = ranks.rank_0_first(lambda: load_detector_model(args.weights))
+    if args.dataset not in (None, dataset):
+        raise InputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
+    kind = DATASETS[dataset]
+    test_set = ranks.rank_0_first(lambda: kind.open_test(args.dataset_dir))
+    precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)
+    if precisions is not None:
+        for name, precision in zip(kind.classes, precisions, strict=True):
+            print(f"{name:>12}  {precision:.4f}")
+        print(f"{'mAP':>12}  {np.nanmean(precisions):.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Detectors from files of weights, for predict.py and evaluate.py: ours and ChainerCV's own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import chainer
+import numpy as np
+from chainercv.links.model.ssd import SSD
+
+from arguments import OneSentenceParser
+from datasets import dataset_with_classes
+from detector import DECODERS
+from models import build_model
+from weights import identify, load_weights
+
+
+def weights_parser(description: str) -> argparse.ArgumentParser:
+    """A command line that starts with a file of weights."""
+    parser = OneSentenceParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("weights", type=Path, help="model.npz of a training run, or a file of ChainerCV's")
+    parser.add_argument("--decoder", choices=DECODERS, default="per-class", help="how scores become boxes")
+    return parser
+
+
+def load_detector_model(path: Path) -> tuple[SSD, str]:
+    """A model with a file's weights in float32, and the name of the data set whose classes it knows.
+
+    Which model it is shows in the file. Raises InputError if that is not one of ours.
+    """
+    name, n_fg_class = identify(path)
+    dataset = dataset_with_classes(n_fg_class)
+    with chainer.using_config("dtype", np.dtype(np.float32)):
+        model = build_model(name, n_fg_class, "lecun-uniform", seed=0)
+    load_weights(path, model)
+    return model, dataset
