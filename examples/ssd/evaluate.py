@@ -22,8 +22,8 @@ from saved import load_detector_model, weights_parser
 def main(argv: Sequence[str] | None = None) -> int:
     parser = weights_parser("Print the mean average precision of a trained SSD, PASCAL VOC 2007 metric.")
     parser.add_argument("--dataset", choices=DATASETS, help="its test images; those of the model's classes")
-    parser.add_argument("--dataset-dir", type=Path, help="folder with VOC2007, or where the digits
-    are") args = parser.parse_args(argv)
+    parser.add_argument("--dataset-dir", type=Path, help="folder with VOC2007, or where the digits are")
+    args = parser.parse_args(argv)
 
     ranks = start_ranks("naive", on_gpu=False)
     model, dataset = ranks.rank_0_first(lambda: load_detector_model(args.weights))
