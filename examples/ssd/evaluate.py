@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from datasets import DATASETS
 from detector import Detector
 from errors import InputError, ends_cleanly

@@ -59,9 +59,8 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} can't be read as a file of weights, .npz ({error}): name another file."
-        ) from None
+        reason = getattr(error, "strerror", None) or "it is no .npz file, or a damaged one"
+        raise InputError(f"The weights {path} can't be read ({reason}): name another file.") from None
 
 
 def load_weights(path: Path, model: SSD, partial: bool = False) -> None:
