@@ -1,4 +1,5 @@
-"""The scale with which gradients enter a scope, and how it answers overflow: one mechanism for every method."""
+"""The scale with which gradients enter a scope, and how it answers overflow: one mechanism for every
+method."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ RECOVERY_INTERVAL = 1000
 class EntryScale:
     """The entry scale 2**exponent and what decides its next value; `after` makes the next one.
 
-    A step whose gradients are not all finite halves the scale. `interval` good steps in a row double it, at every
-    good step until the first overflow (Chainer's dynamic rule); without an interval the scale only recovers, slowly,
-    towards its initial value.
+    A step whose gradients are not all finite halves the scale. `interval` good steps in a row double it, and
+    before the first overflow every good step does (Chainer's dynamic rule); without an interval the scale
+    only recovers, slowly, towards its initial value.
 
-    skipped: steps that overflowed so far. overflows: those since the last good one. good_steps: good ones since the
-    scale last changed.
+    initial, interval: settings. good_steps: good ones since the scale last changed. overflows: how many in a
+    row, up to the last step, overflowed at the smallest scale. skipped: steps that overflowed so far.
     """
 
     initial: int = 0
@@ -56,22 +57,31 @@ class EntryScale:
     @property
     def diverged(self) -> bool:
         """Whether steps keep overflowing although the scale cannot be lowered any more."""
-        return self.exponent <= MIN_EXPONENT and self.overflows >= PATIENCE
+        return self.overflows >= PATIENCE
 
     def after(self, *, finite: bool) -> EntryScale:
         """The entry scale after a step whose gradients were all finite, or were not."""
         if not finite:
+            lowest = min(MIN_EXPONENT, self.initial)
             return replace(
                 self,
-                exponent=max(MIN_EXPONENT, self.exponent - 1),
+                exponent=max(lowest, self.exponent - 1),
                 good_steps=0,
-                overflows=self.overflows + 1,
+                overflows=self.overflows + (self.exponent <= lowest),
                 skipped=self.skipped + 1,
             )
         steps = replace(self, good_steps=self.good_steps + 1, overflows=0)
         if self.exponent >= self._ceiling or steps.good_steps < self._growth_interval:
             return steps
         return replace(steps, exponent=self.exponent + 1, good_steps=0)
+
+    def to_state(self) -> dict[str, Any]:
+        """Every field but the settings, for a snapshot."""
+        return {name: value for name, value in asdict(self).items() if name not in _SETTINGS}
+
+    def restored(self, state: dict[str, Any]) -> EntryScale:
+        """This scale, with these settings, where `to_state` was taken."""
+        return replace(self, **state)
 
     @property
     def _ceiling(self) -> int:
@@ -83,6 +93,5 @@ class EntryScale:
             return RECOVERY_INTERVAL
         return self.interval if self.skipped else 1
 
-    def to_state(self) -> dict[str, Any]:
-        """Every field, for a snapshot."""
-        return asdict(self)
+
+_SETTINGS = ("initial", "interval")

@@ -1,92 +1,175 @@
-"""ChainerMN: ranks see different data and choose different exponents, so these are agreed before gradients are averaged."""
+"""ChainerMN: what ranks have to agree on, since they see different data and choose different exponents."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import chainermn.communicators as communicators
+import chainer
 import numpy as np
 from chainermn.optimizers import _DoubleBufferingOptimizer
 from mpi4py import MPI
 
 from ada_loss.chainer.gradient import InFlight, shifted
-from ada_loss.chainer.optimizer import PreparedOptimizer, prepare_in_place
-from ada_loss.chainer.parameters import ScaledParameter, adopt
+from ada_loss.chainer.optimizer import (
+    PreparedOptimizer,
+    compute_gradients,
+    prepare_in_place,
+    scopes,
+    unique_parameters,
+)
+from ada_loss.chainer.optional import load_optional
+from ada_loss.chainer.parameters import ScaledParameter
+from ada_loss.formats import FLOAT16
 from ada_loss.statistics import largest_magnitude
 
-_UNBOUNDED = np.iinfo(np.int32).max
-"""Stands for "any exponent will do" where a rank has no gradient for a parameter."""
+_NONE = np.iinfo(np.int32).max
+"""Stands for the exponent of a gradient that a rank does not have."""
+
+_ZERO = _NONE - 1
+"""Stands for the exponent of a gradient of zeros: any will do."""
 
 
 class PreparedMultiNodeOptimizer:
-    """What `prepare` adds to ChainerMN's multi-node optimizer: exponents agreed before every averaging."""
+    """What `prepare` adds to ChainerMN's multi-node optimizer.
+
+    The ranks' true gradients are averaged in float32, at an exponent at which a communicator may as well add
+    them in float16. The first update, and those after which parameters have come to exist, only spread rank
+    0's values: of parameters, masters and scales. A training that was resumed on every rank does not need
+    that.
+    """
 
     communicator: Any
     actual_optimizer: Any
+    target_params: list[Any]
     zero_fill: bool
+    _resumed = False
+
+    def setup(self, link: chainer.Link) -> Any:
+        self._set(target_params=[], _resumed=False)
+        return super().setup(link)  # type: ignore[misc]
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
         target = self.actual_optimizer.target
         if lossfun is not None:
-            loss = lossfun(*args, **kwargs)
-            target.cleargrads()
-            loss.backward(loss_scale=self.actual_optimizer._loss_scale)
-            del loss
-        if self.is_changed(target):  # type: ignore[attr-defined]
-            # Some parameter exists since the last update only: every rank starts from rank 0's values.
-            self.communicator.bcast_data(target)
+            compute_gradients(self.actual_optimizer, lossfun, args, kwargs)
+        if self.is_changed(target):
+            self._start_from_rank_0(target)
             return
-        parameters = [adopt(parameter) for _, parameter in sorted(target.namedparams()) if parameter.is_initialized]
-        exponents = lend_at_agreed_exponents(parameters, self.communicator, sums_in_float16(self.communicator))
-        self.communicator.multi_node_mean_grad(target, self.zero_fill)
-        for parameter, exponent in zip(parameters, exponents, strict=True):
-            parameter.reclaim(exponent)
+        parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
+        exponents = lend_at_agreed_exponents(parameters, self.communicator)
+        try:
+            self.communicator.multi_node_mean_grad(target, self.zero_fill)
+        finally:
+            for parameter, exponent in zip(parameters, exponents, strict=True):
+                parameter.reclaim(exponent)
         self.actual_optimizer.update()
+
+    def is_changed(self, target: chainer.Link) -> bool:
+        """Whether ranks may hold different values, as when parameters have just been initialized."""
+        first = not self.target_params
+        changed = super().is_changed(target)  # type: ignore[misc]
+        if first:
+            return not self.communicator.mpi_comm.allreduce(self._resumed, op=MPI.LAND)
+        return changed
+
+    def serialize(self, serializer: Any) -> None:
+        self.actual_optimizer.serialize(serializer)
+        own = serializer["ada_loss"]
+        if isinstance(serializer, chainer.Serializer):
+            own("ranks_agree", np.array(bool(self.target_params)))
+        else:
+            self._set(_resumed=bool(load_optional(own, "ranks_agree")), target_params=[])
+
+    def _start_from_rank_0(self, target: chainer.Link) -> None:
+        self.communicator.bcast_data(target)
+        parameters, policies = unique_parameters(target), [scope.policy for scope in scopes(target)]
+        mine = None
+        if self.communicator.rank == 0:
+            masters = [
+                None if p.master is None else chainer.backends.cuda.to_cpu(p.master) for p in parameters
+            ]
+            mine = masters, [policy.to_json() for policy in policies]
+        masters, states = self.communicator.bcast_obj(mine)
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.master = None if master is None else parameter.device.send(master)
+        for policy, state in zip(policies, states, strict=True):
+            policy.load_json(state)
+
+    def _set(self, **attributes: Any) -> None:
+        """Set attributes of this optimizer; ordinary assignment reaches the optimizer inside."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
 
 def prepare_multi_node(optimizer: Any) -> Any:
     """Prepare a multi-node optimizer and the optimizer inside it; see `ada_loss.chainer.prepare`."""
     if isinstance(optimizer, _DoubleBufferingOptimizer):
         raise ValueError(
-            "Double buffering averages gradients while the next ones are computed, so their exponents cannot be agreed: "
-            "create the multi-node optimizer with double_buffering=False."
+            "Double buffering averages gradients while the next ones are computed, so a step cannot be "
+            "skipped on overflow: create the multi-node optimizer with double_buffering=False."
         )
     prepare_in_place(optimizer.actual_optimizer, PreparedOptimizer)
     prepare_in_place(optimizer, PreparedMultiNodeOptimizer)
+    optimizer.actual_optimizer.announces = optimizer.communicator.rank == 0
     return optimizer
 
 
-def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: Any, headroom: bool) -> list[int]:
-    """Bring every parameter's gradient to one exponent on all ranks, and show it to the communicator.
+def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: Any) -> list[int]:
+    """Show every parameter's gradient to the communicator: true, but for one exponent that all ranks agree
+    on.
 
-    parameters: in the same order on all ranks. headroom: leave room for the sum over the ranks in the gradient's own
-    format. Returns the exponents; `ScaledParameter.reclaim` takes the gradients back with them.
+    It is the largest at which the ranks' gradients can be added in float16, as some communicators do, and
+    rounding to float16 costs nothing that the sum would show. A rank without a gradient lends zeros where
+    another has one.
+
+    parameters: the same on all ranks, in the same order. Returns the exponents, for
+    `ScaledParameter.reclaim`.
     """
-    gradients = [parameter.collapsed() for parameter in parameters]
-    size = communicator.size if headroom else 1
-    wanted = [_UNBOUNDED if gradient is None else _exponent_for(gradient, size) for gradient in gradients]
-    agreed = np.array(wanted, np.int32)
-    communicator.mpi_comm.Allreduce(MPI.IN_PLACE, agreed, op=MPI.MIN)
-    exponents = [0 if exponent == _UNBOUNDED else exponent for exponent in agreed.tolist()]
-    for parameter, gradient, exponent in zip(parameters, gradients, exponents, strict=True):
-        # The communicator averages in place, and functions may have handed one array to several parameters.
-        parameter.lend(None if gradient is None else shifted(gradient.array, exponent - gradient.exponent).copy())
+    gradients = [parameter.true_gradient() for parameter in parameters]
+    present = [gradient for gradient in gradients if gradient is not None]
+    peaks = iter(_peaks(present))
+    limit = FLOAT16.max / communicator.size
+    wanted = [_NONE if gradient is None else _largest_exponent(next(peaks), limit) for gradient in gradients]
+    agreed = _minimum(wanted, communicator)
+    exponents = [0 if exponent >= _ZERO else exponent for exponent in agreed]
+    for parameter, gradient, exponent, known in zip(parameters, gradients, exponents, agreed, strict=True):
+        if gradient is None and known != _NONE:
+            xp = parameter.device.xp
+            gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
+        parameter.lend(None if gradient is None else shifted(gradient, exponent))
     return exponents
 
 
-def sums_in_float16(communicator: Any) -> bool:
-    """Whether a communicator adds gradients in their own format; the others average through float32."""
-    return not isinstance(communicator, communicators.naive_communicator.NaiveCommunicator)
-
-
-def _exponent_for(gradient: InFlight, size: int) -> int:
-    """The largest exponent at which `size` gradients like this one can be added without overflow."""
+def at_agreed_exponent(gradient: InFlight, communicator: Any) -> InFlight:
+    """A gradient that all ranks hold a part of, at one exponent: the largest of theirs at which none
+    overflows."""
     array, exponent = gradient
-    if size == 1 or array.dtype != np.float16:
-        return exponent
-    peak = largest_magnitude(array) * size
-    limit = float(np.finfo(array.dtype).max)
-    if not math.isfinite(peak) or peak <= limit:
-        return exponent
-    return exponent - math.frexp(peak / limit)[1]
+    peak = largest_magnitude(array)
+    room = _largest_exponent(peak, float(np.finfo(array.dtype).max))
+    room, negated = _minimum([exponent + room, -exponent] if peak else [_ZERO, _ZERO], communicator)
+    agreed = 0 if room == _ZERO else min(room, -negated)
+    return InFlight(shifted(array, agreed - exponent), agreed)
+
+
+def _largest_exponent(peak: float, limit: float) -> int:
+    """The largest k at which peak * 2**k is at most `limit`; 0 where the peak is not finite and nothing
+    helps."""
+    if peak == 0:
+        return _ZERO
+    return math.frexp(limit / peak)[1] - 1 if math.isfinite(peak) else 0
+
+
+def _minimum(values: list[int], communicator: Any) -> list[int]:
+    """The smallest value over the ranks, at each place of a list."""
+    smallest = np.array(values, np.int32)
+    communicator.mpi_comm.Allreduce(MPI.IN_PLACE, smallest, op=MPI.MIN)
+    return smallest.tolist()
+
+
+def _peaks(arrays: list[Any]) -> list[float]:
+    """The largest magnitude of each array, with one transfer for all of them from a GPU."""
+    xp = chainer.backend.get_array_module(*arrays)
+    if xp is np:
+        return [largest_magnitude(array) for array in arrays]
+    return xp.stack([abs(array).max(initial=0) for array in arrays]).tolist()

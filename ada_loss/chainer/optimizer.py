@@ -1,16 +1,21 @@
-"""`prepare`: the second line that a user writes. An optimizer that hands true float32 gradients to hooks and updates."""
+"""`prepare`: the second line that a user writes. An optimizer that hands true float32 gradients to hooks and
+updates."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import chainer
 import numpy as np
 
+from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.entry_scale import EntryScale
 from ada_loss.statistics import all_finite
+
+_logger = logging.getLogger("ada_loss")
 
 
 class Diverged(RuntimeError):
@@ -20,67 +25,117 @@ class Diverged(RuntimeError):
 class PreparedOptimizer:
     """What `prepare` adds to an optimizer.
 
-    A step whose gradients are not all finite is skipped: no hook runs, no parameter, state or counter changes, and
-    the entry scales of the model's scopes back off. Otherwise the whole update, hooks included, runs on the float32
-    masters with the true gradients, and the float16 parameters receive the rounded result.
+    A step whose gradients are not all finite is skipped: no hook runs, no parameter, state or counter
+    changes, a warning is logged, and the entry scales of the model's scopes back off. Otherwise the whole
+    update, hooks included, runs on the float32 masters with the true gradients, and the float16 parameters
+    receive the rounded result.
     """
 
     target: Any
+    _loss_scale: float | None
+    _loss_scaling_is_dynamic: bool
+
+    announces = True
+    """Whether this process logs skipped steps; in a distributed training the first rank does."""
 
     @property
     def overflow(self) -> EntryScale:
-        """The entry scale: `.exponent` is its log2 now, `.skipped` the number of steps skipped so far."""
-        return _scopes(self.target)[0].policy.entry
+        """The entry scale: `.exponent` is its log2 now, `.skipped` the number of steps skipped so far.
+
+        Of the first scope, if the model has several.
+        """
+        return scopes(self.target)[0].policy.entry
 
     def setup(self, link: chainer.Link) -> Any:
+        require_scopes(link)
         super().setup(link)  # type: ignore[misc]
-        _adopt_parameters(link)
+        unique_parameters(link)
         return self
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
         if lossfun is not None:
-            loss = lossfun(*args, **kwargs)
-            self.target.cleargrads()
-            loss.backward(loss_scale=self._loss_scale)  # type: ignore[attr-defined]
-            del loss
-        parameters = [parameter for parameter in self.target.params() if isinstance(parameter, ScaledParameter)]
+            compute_gradients(self, lossfun, args, kwargs)
+        parameters = unique_parameters(self.target)
         finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
         if finite:
             with true_gradients_on_masters(parameters):
                 super().update()  # type: ignore[misc]
         else:
-            self._skip()
-        for scope in _scopes(self.target):
+            self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
+            self.update_loss_scale()  # type: ignore[attr-defined]
+        for scope in scopes(self.target):
             scope.policy.end_step(finite=finite)
-        if self.overflow.diverged:
-            raise Diverged(
-                f"Training diverged: the last {self.overflow.overflows} steps overflowed even at the smallest scale, "
-                f"2**{self.overflow.exponent}. Lower the learning rate, or look for what makes the loss infinite."
-            )
+        if not finite:
+            self._answer_overflow()
+
+    def check_nan_in_grads(self) -> None:
+        """Nothing is left to find: an update that comes here has finite gradients."""
+        self._loss_scaling_isnan = False
 
     def serialize(self, serializer: Any) -> None:
+        saving = isinstance(serializer, chainer.Serializer)
+        if saving:
+            self._initialize_states()
         super().serialize(serializer)  # type: ignore[misc]
-        for path, parameter in self.target.namedparams():
-            if parameter.is_initialized and parameter.dtype == np.float16:
-                _serialize_master(serializer["ada_loss"][path], parameter)
+        own = serializer["ada_loss"]
+        (self._save if saving else self._load)(own)
 
-    def _skip(self) -> None:
-        """Tell Chainer's own dynamic loss scaling, if it is on, of the overflow."""
-        self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
-        self.update_loss_scale()  # type: ignore[attr-defined]
+    def _save(self, serializer: Any) -> None:
+        for path, parameter in self.target.namedparams():
+            if isinstance(parameter, ScaledParameter) and parameter.master is not None:
+                serializer(f"master{path}", parameter.master)
+        if self._loss_scaling_is_dynamic:
+            serializer("loss_scale", np.array([self._loss_scale, self._loss_scaling_isnan_ever], np.float64))
+
+    def _load(self, serializer: Any) -> None:
+        # The parameters are loaded after this, and may be uninitialized until then.
+        for path, parameter in self.target.namedparams():
+            master = load_optional(serializer, f"master{path}")
+            adopt(parameter).master = None if master is None else parameter.device.send(np.asarray(master))
+        state = load_optional(serializer, "loss_scale")
+        if self._loss_scaling_is_dynamic and state is not None:
+            self._loss_scale, self._loss_scaling_isnan_ever = float(state[0]), bool(state[1])
+
+    def _initialize_states(self) -> None:
+        """Give every update rule its state, as its first update will: Chainer cannot load a snapshot
+        without."""
+        for parameter in unique_parameters(self.target):
+            rule = parameter.update_rule
+            if rule is not None and rule.enabled and parameter.is_initialized:
+                with chainer.using_device(parameter.device):
+                    wide = parameter.array.astype(np.promote_types(parameter.dtype, np.float32))
+                    rule._init_states(chainer.Parameter(wide))
+
+    def _answer_overflow(self) -> None:
+        entries = [scope.policy.entry for scope in scopes(self.target)]
+        if all(entry.diverged for entry in entries):
+            raise Diverged(
+                f"Training diverged: {entries[0].overflows} steps in a row overflowed at the least scale, "
+                f"2**{entries[0].exponent}. Lower the learning rate, or look for what makes the loss infinite."
+            )
+        if self.announces:
+            named = self.target.namedparams()
+            first, *more = [path for path, p in named if not all_finite(adopt(p).arrays())]
+            _logger.warning(
+                "Skipped a step, %d so far: the gradient of %s%s is not finite. The scale is 2**%d now.",
+                entries[0].skipped,
+                first,
+                f" (and of {len(more)} more parameters)" if more else "",
+                entries[0].exponent,
+            )
 
 
 def prepare(optimizer: Any) -> Any:
     """Make an optimizer take the gradients of `AdaLossScaled` models; returns the optimizer.
 
-    Call it after `optimizer.setup(model)`, on a plain optimizer or on ChainerMN's multi-node optimizer. A ValueError
-    if the optimizer has no target yet, or its target holds no `AdaLossScaled`.
+    Call it after `optimizer.setup(model)`, on a plain optimizer or on ChainerMN's multi-node optimizer; a
+    second call changes nothing. A ValueError if the optimizer has no target yet, or its target holds no
+    `AdaLossScaled`.
     """
     if optimizer.target is None:
         raise ValueError("Call optimizer.setup(model) before ada_loss.chainer.prepare(optimizer).")
-    if not _scopes(optimizer.target):
-        raise ValueError("The optimizer's model holds no AdaLossScaled: wrap the model before optimizer.setup(model).")
-    _adopt_parameters(optimizer.target)
+    require_scopes(optimizer.target)
+    unique_parameters(optimizer.target)
     if "actual_optimizer" in vars(optimizer):
         # MPI is needed only here.
         from ada_loss.chainer.mn import prepare_multi_node
@@ -97,23 +152,31 @@ def prepare_in_place(optimizer: Any, mixin: type) -> None:
         object.__setattr__(optimizer, "__class__", type(f"Prepared{cls.__name__}", (mixin, cls), {}))
 
 
-def _scopes(target: chainer.Link) -> list[AdaLossScaled]:
+def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Evaluate the loss and run backward, as Chainer's optimizers do when their update is given a loss
+    function."""
+    loss = lossfun(*args, **kwargs)
+    if getattr(optimizer, "_use_cleargrads", True):
+        optimizer.target.cleargrads()
+    else:
+        optimizer.target.zerograds()
+    loss.backward(loss_scale=optimizer._loss_scale)
+
+
+def scopes(target: chainer.Link) -> list[AdaLossScaled]:
+    """The wrapped models that a link holds."""
     return [link for link in target.links() if isinstance(link, AdaLossScaled)]
 
 
-def _adopt_parameters(target: chainer.Link) -> None:
-    for parameter in target.params():
-        adopt(parameter)
+def require_scopes(target: chainer.Link) -> None:
+    """A ValueError if a link holds no wrapped model."""
+    if not scopes(target):
+        raise ValueError(
+            "The optimizer's model holds no AdaLossScaled: wrap the model before optimizer.setup(model)."
+        )
 
 
-def _serialize_master(serializer: Any, parameter: ScaledParameter) -> None:
-    if isinstance(serializer, chainer.serializer.Serializer):
-        if parameter.master is not None:
-            serializer("master", parameter.master)
-        return
-    try:
-        master = serializer("master", None)
-    except KeyError:
-        # A snapshot from before the optimizer was prepared: the masters start from the parameters.
-        master = None
-    parameter.master = None if master is None else parameter.device.send(np.asarray(master, np.float32))
+def unique_parameters(target: chainer.Link) -> list[ScaledParameter]:
+    """A link's parameters, each once, ordered by path; all of them can hold gradients in flight from now
+    on."""
+    return list({id(parameter): adopt(parameter) for _, parameter in sorted(target.namedparams())}.values())

@@ -80,7 +80,7 @@ class ShiftPolicy:
         """Continue from what `to_json` returned."""
         state = json.loads(text)
         self.iteration = state["iteration"]
-        self.entry = EntryScale(**state["entry"])
+        self.entry = self.entry.restored(state["entry"])
         self._shifts = {Site(path, index, operand): shift for path, index, operand, shift in state["shifts"]}
         self.decisions.clear()
         self._calls.clear()

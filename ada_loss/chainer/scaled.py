@@ -9,7 +9,8 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
-from ada_loss.chainer.parameters import OuterScaleTracker, ScaledParameter
+from ada_loss.chainer.optional import load_optional
+from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import Decision, ShiftPolicy
 from ada_loss.chainer.recorder import Recorder, recording
 from ada_loss.chainer.scope import Context, apply_in_scope
@@ -50,7 +51,6 @@ class AdaLossScaled(chainer.Chain):
         super().__init__()
         self.report, layers = transform(link, filter)
         self.policy = ShiftPolicy(config, layers)
-        self._outer = OuterScaleTracker()
         self._output_dtype = None if output_dtype is None else np.dtype(output_dtype)
         with self.init_scope():
             self.link = link
@@ -73,7 +73,7 @@ class AdaLossScaled(chainer.Chain):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if recording():
             return self.link(*args, **kwargs)
-        context = Context(self.policy, self._outer, self._recorder, self._output_dtype)
+        context = Context(self.policy, self._recorder, self._output_dtype)
         if not chainer.config.enable_backprop:
             return context.cast_results(self.link(*args, **kwargs))
         return apply_in_scope(self.link, args, kwargs, context)
@@ -116,10 +116,7 @@ def _true_gradient(parameter: chainer.Parameter) -> Any:
 
 
 def _load_state(serializer: Any, policy: ShiftPolicy) -> None:
-    try:
-        state = serializer("state", None)
-    except KeyError:
-        state = None
+    state = load_optional(serializer, "state")
     if state is None:
         policy.reset()
     else:

@@ -1,8 +1,8 @@
 """The scope: one node of Chainer's graph that holds the graph of a wrapped link and runs its backward with exponents.
 
-To Chainer's engine the scope is a function of the link's inputs, of every variable that the link uses without being
-given it (parameters, state kept from an earlier call), and of one scalar leaf by which it learns the loss scale
-around it. Its outputs are the link's results and every inner variable that somebody kept, such as recurrent state.
+To Chainer's engine the scope is a function of the link's inputs and of every variable that the link uses without being
+given it (parameters, state kept from an earlier call). Its outputs are the link's results and every inner variable that
+somebody kept, such as recurrent state.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from chainer.functions.util.forget import Forget
 from chainer.variable import VariableNode
 
+from ada_loss.chainer import passes
 from ada_loss.chainer.backward import scale_carrying_backward
 from ada_loss.chainer.decisions import Product, weight_of
 from ada_loss.chainer.gradient import InFlight, shifted
-from ada_loss.chainer.parameters import OuterScale, OuterScaleTracker, adopt
+from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.policy import ShiftPolicy
 from ada_loss.chainer.recorder import Recorder, Site
 from ada_loss.chainer.structure import flatten, rebuild
@@ -37,7 +38,6 @@ class Context:
     """
 
     policy: ShiftPolicy
-    outer: OuterScaleTracker
     recorder: Callable[[], Recorder]
     output_dtype: np.dtype[Any] | None
 
@@ -126,11 +126,8 @@ class AdaLossScope(chainer.FunctionNode):
         ]
         reached = scale_carrying_backward(entries, self._captured, self)
         leaves = [*self._inputs, *self._captured]
-        # Chainer's `grad` asks for some inputs only; a backward pass always includes the scalar leaf, the last input.
-        outer = self._context.outer.this_pass() if len(leaves) in targets else None
-        gradients = [_leave(leaf, reached[leaf], outer) if leaf in reached else None for leaf in leaves]
-        gradients.append(chainer.Variable(self._context.outer.zero()))
-        return tuple(gradients[index] for index in targets)
+        asked = [(leaf, reached.get(leaf)) for leaf in (leaves[index] for index in targets)]
+        return tuple(None if gradient is None else _leave(leaf, gradient) for leaf, gradient in asked)
 
     def unchain(self) -> None:
         super().unchain()
@@ -170,8 +167,7 @@ def apply_in_scope(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     kept = recording.forget_variables()
     outputs += [(variable.node, variable.array) for variable in kept]
     captured = [node.get_variable() for node in recording.captured]
-    leaf = context.outer.leaf_for(chainer.backend.get_device_from_array(outputs[0][1]))
-    results = AdaLossScope(context, recording, outputs).apply((*recording.given, *captured, leaf))
+    results = AdaLossScope(context, recording, outputs).apply((*recording.given, *captured))
     for variable, outer in zip(kept, results[len(results) - len(kept) :], strict=True):
         _rebind(variable, outer)
     differentiable = iter(results)
@@ -181,11 +177,14 @@ def apply_in_scope(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     )
 
 
-def _leave(leaf: VariableNode, gradient: InFlight, outer: OuterScale | None) -> chainer.Variable | None:
-    """What the outer engine gets for an input: its true gradient; nothing for a parameter, which keeps its own."""
+def _leave(leaf: VariableNode, gradient: InFlight) -> chainer.Variable | None:
+    """What the outer engine gets for an input: its true gradient; nothing for a parameter, which keeps its own.
+
+    Chainer's `grad` wants parameters' gradients as results like any other.
+    """
     variable = leaf.get_variable_or_none()
-    if outer is not None and isinstance(variable, chainer.Parameter):
-        adopt(variable).receive(gradient, outer)
+    if passes.running() and isinstance(variable, chainer.Parameter):
+        adopt(variable).receive(gradient, passes.loss_scale())
         return None
     return chainer.Variable(shifted(gradient.array, -gradient.exponent))
 

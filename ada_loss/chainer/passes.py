@@ -1,0 +1,49 @@
+"""Backward passes of Chainer's engine: whether one is running, and the loss scale that its gradients carry.
+
+Chainer tells leaves their loss scale at the very end of a pass, and not at all in the pass that `F.forget`
+starts inside another one. So the engine itself is made to note what it is called with; it does what it did
+before.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import chainer._backprop
+
+
+class _Passes(threading.local):
+    scale: float | None = None
+
+
+_passes = _Passes()
+
+
+def running() -> bool:
+    """Whether `backward` is running in this thread (`chainer.grad` does not count)."""
+    return _passes.scale is not None
+
+
+def loss_scale() -> float:
+    """The loss scale of the pass that is running, 1 where there is none."""
+    return _passes.scale or 1.0
+
+
+def _noting(engine: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(engine)
+    def backprop(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
+        around = _passes.scale
+        # A pass inside another one is the recomputation of a part of it: its gradients carry the same scale.
+        _passes.scale = float(loss_scale or around or 1)
+        try:
+            engine(outputs, retain_grad, loss_scale)
+        finally:
+            _passes.scale = around
+
+    return backprop
+
+
+chainer._backprop._backprop_to_all = _noting(chainer._backprop._backprop_to_all)
