@@ -44,7 +44,7 @@ def to_float32(source: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     Both may be strided in any way; `out` has the shape of `source` and shares no memory with it.
     """
     out = _destination(source, np.float16, out, np.float32)
-    for values, target in _chunks(source, out):
+    for values, target in chunks(source, out):
         bits = values.view(np.uint16)
         if target.flags.c_contiguous:
             _FLOAT32.take(bits, out=target, mode="clip")
@@ -63,7 +63,7 @@ def to_float16(source: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         _cast_natively(source, out)
         return out
     rounding = _Rounding(min(source.size, CHUNK))
-    for values, target in _chunks(source, out):
+    for values, target in chunks(source, out):
         rounding.apply(values, target)
     return out
 
@@ -94,7 +94,7 @@ class _Rounding:
             _cast_natively(values, target)
             return
         np.bitwise_and(sign, _SIGN, sign)
-        np.maximum(exponent, _SMALLEST_NORMAL[: flat.size], exponent)
+        np.maximum(exponent, _SMALLEST_NORMAL[: flat.size], out=exponent)
         np.add(exponent, _EXPONENT_OF_MAGIC, exponent)
         np.bitwise_or(exponent, sign, exponent)
         wide[...] = exponent
@@ -139,16 +139,17 @@ def _destination(
     return out
 
 
-def _chunks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Matching parts of two arrays of the same shape, in order, of at most CHUNK elements each."""
-    if a.size <= CHUNK:
-        if a.size:
-            yield a, b
-    elif a.ndim > 1 and a.flags.c_contiguous and b.flags.c_contiguous:
-        yield from _chunks(a.reshape(-1), b.reshape(-1))
-    elif rows := CHUNK * len(a) // a.size:
-        for start in range(0, len(a), rows):
-            yield a[start : start + rows], b[start : start + rows]
+def chunks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Matching parts, of at most CHUNK elements each, of arrays of one shape, however they are strided."""
+    first = arrays[0]
+    if first.size <= CHUNK:
+        if first.size:
+            yield arrays
+    elif first.ndim > 1 and all(a.flags.c_contiguous for a in arrays):
+        yield from chunks(*(a.reshape(-1) for a in arrays))
+    elif rows := CHUNK * len(first) // first.size:
+        for start in range(0, len(first), rows):
+            yield tuple(a[start : start + rows] for a in arrays)
     else:
-        for row_a, row_b in zip(a, b, strict=True):
-            yield from _chunks(row_a, row_b)
+        for parts in zip(*arrays, strict=True):
+            yield from chunks(*parts)

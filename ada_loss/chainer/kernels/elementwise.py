@@ -1,0 +1,85 @@
+"""Element-wise functions of float16 arrays on the CPU, a cache-sized part at a time.
+
+The activations work on the bits: a non-negative float16 orders as an integer does, and NumPy's integer
+loops are vectorized where its float16 loops are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ada_loss.casting import CHUNK, chunks, to_float16, to_float32
+
+INFINITY = 0x7C00
+"""Bits of float16 infinity: larger magnitudes are NaN."""
+
+_ZEROS = np.zeros(CHUNK, np.int16)
+"""NumPy's maximum is vectorized for arrays only."""
+_MAGNITUDE = np.array(0x7FFF, np.int16)
+_SIGN_SHIFT = np.array(15, np.int16)
+
+
+def in_float32(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """An element-wise function of float16 arrays, broadcast, computed in float32 and rounded to float16."""
+    operands = np.broadcast_arrays(*arrays)
+    out = np.empty(operands[0].shape, np.float16)
+    for *parts, target in chunks(*operands, out):
+        to_float16(function(*(to_float32(part) for part in parts)), target)
+    return out
+
+
+def has_nan(x: np.ndarray) -> bool:
+    """Whether any element of the float16 array is NaN."""
+    return any(
+        np.maximum.reduce(part.view(np.int16), axis=None) > INFINITY
+        or np.maximum.reduce(part.view(np.uint16), axis=None) > 0x8000 + INFINITY
+        for (part,) in chunks(x)
+    )
+
+
+def relu(x: np.ndarray) -> np.ndarray | None:
+    """max(x, 0) in float16; None if x contains a NaN, which this would hide."""
+    if has_nan(x):
+        return None
+    x = np.asarray(x, order="C")
+    y = np.empty(x.shape, np.float16)
+    for part, target in chunks(x.view(np.int16).reshape(-1), y.view(np.int16).reshape(-1)):
+        np.maximum(part, _ZEROS[: part.size], out=target)
+    return y
+
+
+def relu_grad(y: np.ndarray, gy: np.ndarray) -> np.ndarray | None:
+    """gy where y > 0, else 0, in float16; None if gy is not finite everywhere, which this would hide.
+
+    y is free of NaN.
+    """
+    y, gy = np.asarray(y, order="C"), np.asarray(gy, order="C")
+    gx = np.empty(gy.shape, np.float16)
+    for outputs, gradient, target in chunks(*(a.view(np.int16).reshape(-1) for a in (y, gy, gx))):
+        np.bitwise_and(gradient, _MAGNITUDE, target)
+        if np.maximum.reduce(target) >= INFINITY:
+            return None
+        # All bits set where y is positive: its negative has the sign bit.
+        np.maximum(outputs, _ZEROS[: outputs.size], out=target)
+        np.negative(target, target)
+        np.right_shift(target, _SIGN_SHIFT, target)
+        np.bitwise_and(target, gradient, target)
+    return gx
+
+
+def total(x: np.ndarray, axis: tuple[int, ...] | None, keepdims: bool) -> np.ndarray:
+    """Sum of a float16 array over some axes, added in float32 and rounded once to float16.
+
+    Where the first axis is summed too, as in the gradient of a bias, a few of its rows at a time.
+    """
+    axes = tuple(range(x.ndim)) if axis is None else tuple(a % x.ndim for a in axis)
+    if not x.size or 0 not in axes:
+        return to_float16(np.asarray(to_float32(x).sum(axis=axes, keepdims=keepdims)))
+    rows = max(1, CHUNK * len(x) // x.size)
+    partial = (
+        to_float32(x[start : start + rows]).sum(axis=axes, keepdims=keepdims)
+        for start in range(0, len(x), rows)
+    )
+    return to_float16(np.asarray(sum(partial)))

@@ -1,0 +1,130 @@
+"""Activations, arithmetic and sums under the provider `numpy`."""
+
+import chainer.functions as F
+import numpy as np
+import pytest
+
+from ada_loss.chainer import kernels
+from chainer_.kernels_.reference import assert_rounded_once, in_float64, run
+
+ALL_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+FINITE = ALL_FLOAT16[np.isfinite(ALL_FLOAT16)]
+SHAPES = [(3,), (2, 70000), (5, 4, 33, 31), (0, 3), ()]
+
+
+def random(rng, *shape):
+    return np.asarray(rng.standard_normal(shape).astype(np.float16))
+
+
+def test_relu_of_every_float16_is_chainers():
+    for values in (ALL_FLOAT16, FINITE):
+        expected, _ = run(F.relu, [values], None, "chainer")
+        actual, _ = run(F.relu, [values], None, "numpy")
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_relu_of_a_negative_nan_is_nan():
+    values = np.float16([-1, 0, 1])
+    values.view(np.uint16)[1] = 0xFE00
+    y, _ = run(F.relu, [values], None, "numpy")
+    assert np.isnan(y[1]) and y[0] == 0 and y[2] == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_relu_passes_where_the_output_is_positive(shape):
+    rng = np.random.default_rng(0)
+    x, gy = random(rng, *shape), random(rng, *shape)
+    y, (gx,) = run(F.relu, [x], gy, "numpy")
+    np.testing.assert_array_equal(y, np.where(x > 0, x, 0))
+    np.testing.assert_array_equal(gx, np.where(x > 0, gy, 0))
+    assert gx.dtype == np.float16
+
+
+def test_gradient_of_relu_at_zeros_of_either_sign_is_zero():
+    x = np.float16([0.0, -0.0])
+    for first in ("chainer", "numpy"):
+        _, (gx,) = run(lambda x, first=first: relu_under(first, x), [x], np.float16([3, 3]), "numpy")
+        np.testing.assert_array_equal(gx, [0, 0])
+
+
+def relu_under(provider, x):
+    with kernels.using(provider):
+        return F.relu(x)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_does_not_vanish_in_relu(bad):
+    x, gy = np.float16([-1, 1, -1, 1]), np.float16([bad, bad, 2, 3])
+    expected, (expected_gx,) = run(F.relu, [x], gy, "chainer")
+    actual, (gx,) = run(F.relu, [x], gy, "numpy")
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(gx, expected_gx)
+    assert not np.isfinite(gx[:2]).any()
+
+
+def test_relu_of_strided_arrays_is_the_same():
+    rng = np.random.default_rng(1)
+    x, gy = random(rng, 40, 50, 60).T[::2, ::-1], random(rng, 30, 50, 40)
+    _, (gx,) = run(F.relu, [x], gy, "numpy")
+    np.testing.assert_array_equal(gx, np.where(x > 0, gy, 0))
+
+
+OPERATIONS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+    "+ 3.14": lambda a, b: a + 3.14,
+    "* 3.14": lambda a, b: a * 3.14,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_arithmetic_has_the_bits_of_chainers_for_any_float16(name):
+    rng = np.random.default_rng(2)
+    a, b = rng.permutation(ALL_FLOAT16), rng.permutation(ALL_FLOAT16)
+    expected, _ = run(OPERATIONS[name], [a, b], None, "chainer")
+    actual, _ = run(OPERATIONS[name], [a, b], None, "numpy")
+    assert actual.dtype == expected.dtype == np.float16
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["+", "-", "*", "/"])
+@pytest.mark.parametrize(
+    "shapes", [((4, 1, 5), (3, 1)), ((), (2, 3)), ((70000, 2), (70000, 2)), ((0, 2), (2,))]
+)
+def test_arithmetic_broadcasts_and_backpropagates_as_chainers_does(name, shapes):
+    rng = np.random.default_rng(3)
+    inputs = [random(rng, *shape) + np.float16(9) for shape in shapes]
+    inputs = [np.asarray(a) for a in inputs]
+    gy = random(rng, *np.broadcast_shapes(*shapes))
+    expected, expected_gradients = in_float64(OPERATIONS[name], inputs, gy)
+    actual, gradients = run(OPERATIONS[name], inputs, gy, "numpy")
+    assert_rounded_once(actual, expected)
+    for array, gradient, exact in zip(inputs, gradients, expected_gradients, strict=True):
+        assert gradient.shape == array.shape and gradient.dtype == np.float16
+        np.testing.assert_allclose(gradient, exact, rtol=1e-2, atol=1e-2 * np.sqrt(gy.size + 1))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("axis", [None, (), 0, -1, (0, 2, 3), (1, 3), (-4, 1)])
+def test_sums_are_float64_ones_rounded_once(axis, keepdims):
+    rng = np.random.default_rng(4)
+    for x in (
+        random(rng, 6, 5, 70, 80),
+        random(rng, 70, 6, 80, 5).transpose(1, 3, 0, 2),
+        random(rng, 0, 5, 3, 2),
+    ):
+        exact = x.astype(np.float64).sum(axis=axis, keepdims=keepdims)
+        magnitude = np.abs(x.astype(np.float64)).sum(axis=axis, keepdims=keepdims)
+        y, _ = run(lambda x: F.sum(x, axis, keepdims), [x], None, "numpy")
+        assert y.dtype == np.float16
+        assert_rounded_once(y, np.asarray(exact), magnitude, x.size)
+
+
+def test_a_sum_beyond_float16_is_infinite_and_a_nan_stays():
+    x = np.full((3, 4), 60000, np.float16)
+    x[2, 2] = np.nan
+    y, _ = run(lambda x: F.sum(x, 1), [x], None, "numpy")
+    assert np.isposinf(y[:2]).all() and np.isnan(y[2])

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+
+from ada_loss import casting
+from ada_loss.casting import chunks, to_float16, to_float32
+
+ALL_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+
+
+def numpys_cast(values):
+    with np.errstate(all="ignore"):
+        return values.astype(np.float16)
+
+
+def assert_same_float16(actual, expected):
+    """Equal bit for bit, but for which NaN a NaN is."""
+    assert actual.dtype == expected.dtype == np.float16
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(actual), nan)
+    np.testing.assert_array_equal(actual[~nan].view(np.uint16), expected[~nan].view(np.uint16))
+
+
+def float32_with_bits(bits):
+    return np.asarray(bits, np.uint32).view(np.float32)
+
+
+def test_every_float16_reaches_float32_exactly():
+    wide = to_float32(ALL_FLOAT16)
+    assert wide.dtype == np.float32
+    expected = np.array([float(value) for value in ALL_FLOAT16])
+    np.testing.assert_array_equal(wide, expected)
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(ALL_FLOAT16))
+
+
+def test_every_float16_survives_the_way_to_float32_and_back():
+    assert_same_float16(to_float16(to_float32(ALL_FLOAT16)), ALL_FLOAT16)
+
+
+def test_every_halfway_case_and_its_neighbours_round_to_nearest_even():
+    finite = to_float32(ALL_FLOAT16[np.isfinite(ALL_FLOAT16)])
+    step = np.uint32(1 << 12)
+    for offset in (-1, 0, 1):
+        above = float32_with_bits(finite.view(np.uint32) + step + np.uint32(offset % (1 << 32)))
+        assert_same_float16(to_float16(above), numpys_cast(above))
+
+
+def test_halfway_cases_between_subnormals_round_to_nearest_even():
+    halves = (np.arange(2049) * 2.0**-25).astype(np.float32)
+    for values in (halves, np.nextafter(halves, np.float32(1)), np.nextafter(halves, np.float32(-1))):
+        assert_same_float16(to_float16(values), numpys_cast(values))
+        assert_same_float16(to_float16(-values), numpys_cast(-values))
+
+
+def test_any_float32_rounds_as_numpy_rounds_it():
+    rng = np.random.default_rng(0)
+    values = float32_with_bits(rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32))
+    assert_same_float16(to_float16(values), numpys_cast(values))
+
+
+def test_float32_in_the_range_of_float16_round_as_numpy_rounds_them():
+    rng = np.random.default_rng(1)
+    bits = rng.integers(100 << 23, 143 << 23, 1 << 20, dtype=np.uint32)
+    values = float32_with_bits(bits | rng.integers(0, 2, bits.size, dtype=np.uint32) << np.uint32(31))
+    assert_same_float16(to_float16(values), numpys_cast(values))
+
+
+@pytest.mark.parametrize("size", [1, 5000])
+def test_overflow_gives_infinity_and_nan_stays_without_a_warning(size, recwarn):
+    values = np.tile(np.float32([65519.99, 65520, -1e5, np.inf, -np.inf, np.nan, 1e-30, -0.0]), size)
+    rounded = to_float16(values)[:8]
+    np.testing.assert_array_equal(
+        rounded, np.float16([65504, np.inf, -np.inf, np.inf, -np.inf, np.nan, 0, 0])
+    )
+    assert np.signbit(rounded[-1])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("view", [np.s_[:], np.s_[:, ::2], np.s_[..., 1:-1, 2:], np.s_[::-1, ..., ::-1]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strided_arrays_are_cast_into_strided_arrays(view, transposed):
+    rng = np.random.default_rng(2)
+    source = rng.standard_normal((7, 6, 50, 60)).astype(np.float32)[view]
+    source = source.transpose(1, 3, 0, 2) if transposed else source
+    halves = source.astype(np.float16)
+    assert_same_float16(to_float16(source), halves)
+    np.testing.assert_array_equal(to_float32(halves.T), halves.T.astype(np.float32))
+    for cast, value, dtype in ((to_float16, source, np.float16), (to_float32, halves, np.float32)):
+        around = np.full((*source.shape[:-1], source.shape[-1] + 3), 7, dtype)
+        assert cast(value, around[..., 1:-2]).base is around
+        np.testing.assert_array_equal(around[..., 1:-2], halves)
+        assert (around[..., 0] == 7).all() and (around[..., -2:] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (casting.CHUNK,), (3, casting.CHUNK + 1)])
+def test_every_shape_keeps_its_shape_and_order(shape):
+    source = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    assert_same_float16(np.asarray(to_float16(source)), np.asarray(source.astype(np.float16)))
+    halves = np.asarray(source.astype(np.float16))
+    np.testing.assert_array_equal(to_float32(halves), halves.astype(np.float32))
+
+
+def test_chunks_cover_every_element_once_and_fit_the_cache():
+    array = np.arange(40 * 50 * 90).reshape(40, 50, 90)
+    for strided in (array, array.T, array[:, ::3], array[:1], np.broadcast_to(array[0, 0], (4000, 90))):
+        parts = [parts for parts in chunks(strided, strided + 1)]
+        assert all(a.size <= casting.CHUNK and (a + 1 == b).all() for a, b in parts)
+        np.testing.assert_array_equal(np.concatenate([a.ravel() for a, _ in parts]), strided.ravel())
+
+
+def test_another_dtype_or_shape_is_refused():
+    with pytest.raises(TypeError, match="expected an array of float16, got float64"):
+        to_float32(np.zeros(3))
+    with pytest.raises(TypeError, match="expected an array of float32, got float16"):
+        to_float16(np.zeros(3, np.float16))
+    with pytest.raises(TypeError, match=r"expected out to be float16 of shape \(3,\)"):
+        to_float16(np.zeros(3, np.float32), np.zeros(4, np.float16))
