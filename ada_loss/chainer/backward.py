@@ -5,7 +5,8 @@ added in the same order, so with float32 and powers of two the results are the s
 
 - several gradients of one variable, or of the outputs of one function, are aligned first (`gradient.align`);
 - a decision point chooses a shift, computes its input gradient with it and its parameter gradients without it;
-- `F.forget` is recomputed here, since its own backward would lose the exponent.
+- `F.forget` is recomputed here, since its own backward would lose the exponent;
+- ChainerMN's batch normalization averages over ranks in its backward, so these agree on an exponent before.
 
 Backward of any other function is linear in its output gradients, so its exponent simply rides along.
 """
@@ -144,6 +145,13 @@ def _gradients(
             f"{function.label} sends gradients to other processes, which know nothing of their scale: keep it outside "
             "AdaLossScaled."
         )
+    communicator = _communicator(function)
+    if communicator is not None and gys[0] is not None:
+        # MPI is needed only here.
+        from ada_loss.chainer.mn import at_agreed_exponent
+
+        gy, exponent = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
+        gys = (gy,)
     if enters_float16(function) and gys[0] is not None:
         shift = decider.choose(function, None, gys[0], exponent)
         return [(function.inputs[0], InFlight(shifted(gys[0], shift, np.float16), exponent + shift))]
@@ -154,6 +162,11 @@ def _gradients(
         shift = decider.choose(function, product, gys[0], exponent)
         found[product.data] = (input_gradient(function, product, gys, shift), exponent + shift)
     return [(function.inputs[index], InFlight(*found[index])) for index in targets if found[index][0] is not None]
+
+
+def _communicator(function: Any) -> Any:
+    """The communicator of a batch normalization that averages statistics of its gradient over ranks, or None."""
+    return getattr(getattr(function, "_impl_selector", None), "comm", None)
 
 
 def _forgotten(
