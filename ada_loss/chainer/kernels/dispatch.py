@@ -30,6 +30,20 @@ class Provider:
     kernels: Mapping[Hook, Kernel] = field(default_factory=dict, repr=False)
 
 
+def before(preferred: Mapping[Hook, Kernel], fallback: Mapping[Hook, Kernel]) -> dict[Hook, Kernel]:
+    """Both tables in one: what a preferred kernel leaves goes to the fallback's."""
+
+    def both(first: Kernel, second: Kernel) -> Kernel:
+        def kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = first(self, *args, **kwargs)
+            return second(self, *args, **kwargs) if result is None else result
+
+        return kernel
+
+    shared = {hook: both(preferred[hook], fallback[hook]) for hook in preferred.keys() & fallback.keys()}
+    return {**fallback, **preferred, **shared}
+
+
 CHAINER = Provider("chainer")
 """No kernels: Chainer as it is."""
 

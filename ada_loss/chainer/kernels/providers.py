@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-from ada_loss.chainer.kernels.dispatch import CHAINER, Provider
+from ada_loss.chainer.kernels.dispatch import CHAINER, Provider, before
 
 PROVIDERS = ("chainer", "numpy", "torch", "auto")
 
@@ -33,5 +33,5 @@ def provider(name: str) -> Provider:
             )
         from ada_loss.chainer.kernels.on_torch import KERNELS as TORCH_KERNELS
 
-        return Provider(name, {**provider("numpy").kernels, **TORCH_KERNELS})
+        return Provider(name, before(TORCH_KERNELS, provider("numpy").kernels))
     raise ValueError(f"There are no kernels {name!r}: choose one of {', '.join(PROVIDERS)}.")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import chainer
 import numpy as np
+import pytest
 
 from ada_loss.chainer import kernels
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+WITH_TORCH = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+EACH_PROVIDER = pytest.mark.parametrize("provider", ["numpy", pytest.param("torch", marks=WITH_TORCH)])
+"""Runs a test under every provider that computes float16 in float32."""
 
 FLOAT32_UNIT = 2.0**-24
 """Largest relative error of one float32 operation."""

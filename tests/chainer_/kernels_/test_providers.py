@@ -1,6 +1,5 @@
 """Choosing a provider."""
 
-import importlib.util
 import threading
 from unittest import mock
 
@@ -13,8 +12,7 @@ import pytest
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import dispatch
 from ada_loss.chainer.kernels.providers import provider
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
+from chainer_.kernels_.reference import HAS_TORCH, WITH_TORCH
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +160,24 @@ def test_float16_is_chainers_own_under_chainer():
     with kernels.using("chainer"):
         y = F.sum(F.relu(x), axis=0).array
     np.testing.assert_array_equal(y, np.maximum(x, np.float16(0)).sum(axis=0))
+
+
+@WITH_TORCH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_float32_and_float64_agree_with_chainers_to_rounding_under_torch(dtype):
+    np.random.seed(0)
+    expected = convnet_results(dtype, "chainer")
+    np.random.seed(0)
+    actual = convnet_results(dtype, "torch")
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e3 * np.finfo(dtype).eps * max(1, np.abs(b).max()))
+
+
+@WITH_TORCH
+def test_torch_works_on_chainers_memory():
+    from ada_loss.chainer.kernels.on_torch import _tensor
+
+    x = np.zeros((2, 3, 4, 4), np.float32)
+    _tensor(x).add_(1)
+    assert (x == 1).all()

@@ -1,0 +1,171 @@
+"""The provider `torch`: PyTorch's convolutions, oneDNN's on the CPU and cuDNN's on a GPU, on shared memory.
+
+On the CPU float16 is computed in float32, a few images at a time, and rounded once. On a GPU float16 goes
+to cuDNN as it is, which multiplies on tensor cores and adds in float32. What PyTorch does not have
+(`cover_all`, operands of several types on a GPU) is left to the next kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from chainer.backends import cuda
+from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
+from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.utils.conv import get_conv_outsize
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from ada_loss.chainer.kernels.dispatch import Hook, Kernel
+from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
+from ada_loss.chainer.kernels.patches import Geometry
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+_IMAGES_ELEMENTS = 1 << 23
+"""Elements of input and output that are in float32 at a time."""
+
+
+def _arguments(geometry: Geometry) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    """Stride, padding, dilation and groups, in PyTorch's order."""
+    return geometry.stride, geometry.pad, geometry.dilation, geometry.groups
+
+
+def _fits(geometry: Geometry, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
+    """Whether PyTorch's convolution has this output: not so where Chainer's covers all."""
+    return all(
+        get_conv_outsize(n, k, s, p, d=d) == m
+        for n, k, s, p, d, m in zip(
+            in_size, geometry.kernel, geometry.stride, geometry.pad, geometry.dilation, out_size, strict=True
+        )
+    )
+
+
+def _takes_on_cpu(*arrays: Any) -> bool:
+    """Whether these are NumPy arrays, not empty, of one type or of float16 beside float32."""
+    if not all(isinstance(a, np.ndarray) and a.size for a in arrays):
+        return False
+    return {a.dtype for a in arrays} in ({_FLOAT32}, {_FLOAT64}) or takes(*arrays)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor on the same memory where PyTorch can have it, float16 in float32."""
+    array = np.asarray(array, order="C")
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _parts(x: np.ndarray, y: np.ndarray) -> Iterator[slice]:
+    """Images to be computed together: all, unless float16 has to be brought to float32."""
+    n = len(x)
+    step = max(1, _IMAGES_ELEMENTS * n // (x.size + y.size)) if np.float16 in (x.dtype, y.dtype) else n
+    for start in range(0, n, step):
+        yield slice(start, start + step)
+
+
+def _store(result: torch.Tensor, out: np.ndarray) -> None:
+    torch.from_numpy(out).copy_(result)
+
+
+def _convolution(node: Any, inputs: Arrays) -> Arrays | None:
+    x, W, b = inputs if len(inputs) == 3 else (*inputs, None)
+    geometry, out_size = geometry_of(node, W.shape[2:]), node._get_out_size(x.shape, W.shape)
+    applies = _takes_on_cpu(*inputs) and not node.cudnn_fast and _fits(geometry, x.shape[2:], out_size)
+    if not applies:
+        return None
+    node._check_input_layouts_all_standard()
+    node.retain_inputs((0, 1))
+    y = np.empty((len(x), len(W), *out_size), x.dtype)
+    weight, bias = _tensor(W), None if b is None else _tensor(b)
+    for images in _parts(x, y):
+        result = torch.nn.functional.conv2d(_tensor(x[images]), weight, bias, *_arguments(geometry))
+        _store(result, y[images])
+    return (y,)
+
+
+def _convolution_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
+    x, gy = inputs
+    geometry = geometry_of(node, (node.kh, node.kw))
+    if not (_takes_on_cpu(x, gy) or _takes_on_cpu(gy, x)) or not _fits(geometry, x.shape[2:], gy.shape[2:]):
+        return None
+    node.retain_inputs((0, 1))
+    total: Any = 0
+    for images in _parts(x, gy):
+        total += conv2d_weight(_tensor(x[images]), node.W_shape, _tensor(gy[images]), *_arguments(geometry))
+    gW = np.empty(node.W_shape, node.W_dtype)
+    _store(total, gW)
+    return (gW,)
+
+
+def _deconvolution(node: Any, inputs: Arrays) -> Arrays | None:
+    gy, W, b = inputs if len(inputs) == 3 else (*inputs, None)
+    if not _takes_on_cpu(*inputs):
+        return None
+    node._calc_out_size(gy.shape, W.shape)
+    geometry, in_size = geometry_of(node, W.shape[2:]), (node.outh, node.outw)
+    if not _fits(geometry, in_size, gy.shape[2:]):
+        return None
+    node.retain_inputs((0, 1))
+    gx = np.empty((len(gy), W.shape[1] * node.groups, *in_size), gy.dtype)
+    weight = _tensor(W)
+    bias = 0 if b is None else _tensor(b).reshape(-1, 1, 1)
+    for images in _parts(gx, gy):
+        size = gx[images].shape
+        _store(conv2d_input(size, weight, _tensor(gy[images]), *_arguments(geometry)) + bias, gx[images])
+    return (gx,)
+
+
+def _takes_on_gpu(*arrays: Any) -> bool:
+    """Whether these are CuPy arrays, not empty, of one type."""
+    return all(isinstance(a, cuda.ndarray) and a.size for a in arrays) and len({a.dtype for a in arrays}) == 1
+
+
+def _on_stream() -> AbstractContextManager[None]:
+    """PyTorch works on CuPy's stream."""
+    pointer = cuda.cupy.cuda.get_current_stream().ptr
+    return torch.cuda.stream(torch.cuda.ExternalStream(pointer)) if pointer else nullcontext()
+
+
+def _on_gpu(function: Any, *arrays: Any) -> Any:
+    """A function of tensors on CuPy arrays, in full float32 precision where they are float32."""
+    flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.cuda.device(arrays[0].device.id), _on_stream(), flags:
+        tensors = (torch.from_dlpack(cuda.cupy.ascontiguousarray(array)) for array in arrays)
+        return cuda.cupy.from_dlpack(function(*tensors).contiguous())
+
+
+def _convolution_on_gpu(node: Any, x: Any, W: Any, b: Any) -> Arrays | None:
+    operands = (x, W) if b is None else (x, W, b)
+    if node.cover_all or not _takes_on_gpu(*operands):
+        return None
+    arguments = _arguments(geometry_of(node, W.shape[2:]))
+    return (_on_gpu(lambda x, W, b=None: torch.nn.functional.conv2d(x, W, b, *arguments), *operands),)
+
+
+def _convolution_grad_weight_on_gpu(node: Any, x: Any, gy: Any) -> Arrays | None:
+    if node.cover_all or not _takes_on_gpu(x, gy) or x.dtype != node.W_dtype:
+        return None
+    arguments = _arguments(geometry_of(node, (node.kh, node.kw)))
+    return (_on_gpu(lambda x, gy: conv2d_weight(x, node.W_shape, gy, *arguments), x, gy),)
+
+
+def _deconvolution_on_gpu(node: Any, x: Any, W: Any, b: Any) -> Arrays | None:
+    geometry, in_size = geometry_of(node, W.shape[2:]), (node.outh, node.outw)
+    if not _takes_on_gpu(x, W) or not _fits(geometry, in_size, x.shape[2:]):
+        return None
+    size = len(x), W.shape[1], *in_size
+    gx = _on_gpu(lambda x, W: conv2d_input(size, W, x, *_arguments(geometry)), x, W)
+    return (gx if b is None else gx + b.reshape(1, -1, 1, 1),)
+
+
+KERNELS: dict[Hook, Kernel] = {
+    (Convolution2DFunction, "forward_cpu"): _convolution,
+    (Convolution2DGradW, "forward_cpu"): _convolution_grad_weight,
+    (Deconvolution2DFunction, "forward_cpu"): _deconvolution,
+    (Convolution2DFunction, "_forward_gpu_core"): _convolution_on_gpu,
+    (Convolution2DGradW, "_forward_gpu_core"): _convolution_grad_weight_on_gpu,
+    (Deconvolution2DFunction, "_forward_gpu_core"): _deconvolution_on_gpu,
+}
