@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneSentenceParser(description=__doc__)
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where the picture goes")
     parser.add_argument("--dataset-dir", type=Path, help="where the digits are, or are made")
-    parser.add_argument("--iteration", default="1000", help="number of iterations")
+    parser.add_argument("--iteration", default="1500", help="number of iterations")
     args = parser.parse_args(argv)
 
     began = time.monotonic()

@@ -56,12 +56,14 @@ class MultiboxLoss:
             gt_mb_locs: the offsets to learn, float32 (B, K, 4).
             gt_mb_labels: the classes to learn, int32 (B, K), 0 for background.
         """
+        mb_locs, mb_confs = chainer.as_variable(mb_locs), chainer.as_variable(mb_confs)
         positive = gt_mb_labels > 0
         weight = self._weight(positive)
         # Only positives and the hardest negatives count; gathering them leaves the other boxes out of the
         # graph.
         picked = positive | hard_negatives(classification_losses(mb_confs.array, gt_mb_labels), positive)
-        conf_losses = F.softmax_cross_entropy(mb_confs[picked], gt_mb_labels[picked], reduce="no")
+        logits = mb_confs[picked]
+        conf_losses = F.logsumexp(logits, axis=1) - F.select_item(logits, gt_mb_labels[picked])
         loc_losses = F.sum(F.huber_loss(mb_locs[positive], gt_mb_locs[positive], 1, reduce="no"), axis=-1)
         return _weighted_sum(loc_losses, weight, positive), _weighted_sum(conf_losses, weight, picked)
 

@@ -22,6 +22,8 @@ INITIALIZERS: dict[str, Callable[[], chainer.Initializer]] = {
     "uniform": lambda: initializers.Uniform(scale=0.07),
 }
 FIRST_ADDED_BLOCK = 8
+# In each cell of the first feature map, of all models here.
+BOXES_IN_FIRST_CELLS = 4
 
 
 class SmallExtractor(chainer.Chain):
@@ -97,12 +99,12 @@ def build_model(name: str, n_fg_class: int, initializer: str, seed: int) -> SSD:
     The same seed gives the same weights. `initializer` (see INITIALIZERS) fills the layers that SSD adds to
     its backbone.
     """
-    model = MODELS[name].build(n_fg_class)
-    for convolution in added_layers(model):
-        convolution.W.initializer = INITIALIZERS[initializer]()
     state = np.random.get_state()
     np.random.seed(seed)
     try:
+        model = MODELS[name].build(n_fg_class)
+        for convolution in added_layers(model):
+            convolution.W.initializer = INITIALIZERS[initializer]()
         _initialize(model)
     finally:
         np.random.set_state(state)

@@ -39,9 +39,9 @@ def suppress(
     apart: dict[int, np.ndarray] = {}
     kept: list[int] = []
     corners = np.ascontiguousarray(bbox.T)
-    area = (corners[2] - corners[0]) * (corners[3] - corners[1])
     # Empty boxes, and boxes that are not finite, overlap nothing.
     with np.errstate(invalid="ignore", divide="ignore"):
+        area = (corners[2] - corners[0]) * (corners[3] - corners[1])
         for position, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
             if alive[group][row]:
                 kept.append(position)

@@ -14,6 +14,7 @@ from chainercv.links.model.ssd import SSD
 from chainercv.utils import download_model
 
 from errors import InputError
+from models import BOXES_IN_FIRST_CELLS
 
 IMAGENET_URL = SSD300._models["imagenet"]["url"]
 # One convolution of each model that the others do not have.
@@ -22,9 +23,7 @@ MODEL_MARKS = {
     "extractor/conv11_1/W": "ssd300",
     "extractor/conv6/W": "small",
 }
-# All our models have four default boxes in each cell of their first feature map.
 FIRST_HEAD = "multibox/conf/0/b"
-BOXES_IN_FIRST_CELLS = 4
 
 
 def load_pretrained(model: SSD, pretrained: str, model_dir: Path | None) -> None:

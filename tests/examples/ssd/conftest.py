@@ -1,0 +1,97 @@
+"""What the tests of the SSD example share: its modules, small data sets, ways to run its scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ada_loss.chainer  # noqa: F401  (before Chainer)
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLE = ROOT / "examples" / "ssd"
+sys.path.insert(0, str(EXAMPLE))
+
+from data_digits import DigitsSettings, make_digits  # noqa: E402
+
+FEW_DIGITS = DigitsSettings(train_images=12, test_images=4)
+
+Script = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def digits_made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    make_digits(folder, FEW_DIGITS)
+    return folder
+
+
+@pytest.fixture
+def digits(digits_made_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A digits set of 12 and 4 images, which the example takes for the real one."""
+    import data_digits
+
+    monkeypatch.setattr(data_digits.find_digits, "__defaults__", (FEW_DIGITS,))
+    return digits_made_once
+
+
+@pytest.fixture(scope="session")
+def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PASCAL VOC devkit: two training images a year, two test images, one difficult object in each."""
+    folder = tmp_path_factory.mktemp("VOCdevkit")
+    rng = np.random.default_rng(5)
+    for year, splits in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
+        for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (folder / year / name).mkdir(parents=True)
+        for split in splits:
+            ids = [f"{split}_{i}" for i in range(2)]
+            (folder / year / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+            for id_ in ids:
+                write_voc_image(folder / year, id_, rng)
+    return folder
+
+
+def write_voc_image(folder: Path, id_: str, rng: np.random.Generator) -> None:
+    height, width = rng.integers(60, 90, size=2)
+    pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "JPEGImages" / f"{id_}.jpg")
+    root = ElementTree.Element("annotation")
+    for name, difficult in (("dog", 0), ("person", 1), ("cat", 0)):
+        y, x = rng.integers(1, 20, size=2)
+        box = dict(xmin=x, ymin=y, xmax=x + rng.integers(15, 35), ymax=y + rng.integers(15, 35))
+        node = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(node, "name").text = name
+        ElementTree.SubElement(node, "difficult").text = str(difficult)
+        bndbox = ElementTree.SubElement(node, "bndbox")
+        for tag, value in box.items():
+            ElementTree.SubElement(bndbox, tag).text = str(value)
+    ElementTree.ElementTree(root).write(folder / "Annotations" / f"{id_}.xml")
+
+
+@pytest.fixture
+def script() -> Script:
+    """Runs a script of the example in a process of its own, on several MPI ranks if asked to."""
+
+    def run(name: str, *args: object, ranks: int | None = None, **extra: str) -> subprocess.CompletedProcess:
+        command = [*launcher(ranks), sys.executable, name, *map(str, args)]
+        return subprocess.run(
+            command, cwd=EXAMPLE, env=environment(**extra), capture_output=True, text=True, timeout=300
+        )
+
+    return run
+
+
+def launcher(ranks: int | None) -> list[str]:
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    return [] if ranks is None else [str(mpiexec if mpiexec.exists() else "mpiexec"), "-n", str(ranks)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | extra
