@@ -110,17 +110,18 @@ class PreparedOptimizer:
         entries = [scope.policy.entry for scope in scopes(self.target)]
         if all(entry.diverged for entry in entries):
             raise Diverged(
-                f"Training diverged: {entries[0].overflows} steps in a row overflowed at the least scale, "
-                f"2**{entries[0].exponent}. Lower the learning rate, or look for what makes the loss infinite."
+                f"Training diverged: {entries[0].overflows} steps in a row overflowed even at the smallest "
+                f"scale, 2**{entries[0].exponent}. Lower the learning rate, or look for what makes the loss "
+                "infinite."
             )
         if self.announces:
             named = self.target.namedparams()
             first, *more = [path for path, p in named if not all_finite(adopt(p).arrays())]
             _logger.warning(
-                "Skipped a step, %d so far: the gradient of %s%s is not finite. The scale is 2**%d now.",
+                "Skipped a step, %d so far: the gradient of %s is not finite%s. The scale is 2**%d now.",
                 entries[0].skipped,
                 first,
-                f" (and of {len(more)} more parameters)" if more else "",
+                f", nor are {len(more)} others" if more else "",
                 entries[0].exponent,
             )
 
