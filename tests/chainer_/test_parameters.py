@@ -1,0 +1,390 @@
+"""Gradients that parameters hold: kept scaled, read as true, whichever way they came."""
+
+import copy
+import pickle
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
+from helpers import assert_same_bits, dtype
+from training import SIZE, Net, batch, prepared, training, values
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(30)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((4, SIZE)).astype(np.float32)
+
+
+class Straight(chainer.Chain):
+    """A model that uses every parameter once, so that sums over passes have one order only."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.first, self.last = L.Linear(SIZE, 8), L.Linear(None, 3)
+
+    def forward(self, x):
+        return self.last(F.tanh(self.first(x)))
+
+
+def pair(make=Straight):
+    """The same model in float32, wrapped and plain."""
+    model = AdaLossScaled(make(), init_scale=32)
+    model(np.zeros((2, SIZE), np.float32))
+    plain = copy.deepcopy(model.link)
+    for parameter in plain.params():
+        parameter.__class__ = chainer.Parameter
+    model.cleargrads()
+    plain.cleargrads()
+    return model, plain
+
+
+def gradients(plain):
+    return {path: None if p.grad is None else p.grad.copy() for path, p in plain.namedparams()}
+
+
+def assert_close(actual, expected):
+    """Equal but for the order of addition in float32."""
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(actual[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def parameter(dtype="float16", shape=(3,)):
+    made = adopt(chainer.Parameter(np.ones(shape, dtype)))
+    made.cleargrad()
+    return made
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("scales", [(None, None, None), (4.0, 4.0, 4.0), (1.0, 2.0**10, 2.0**-4)])
+    def test_over_several_passes_with_equal_or_different_loss_scales(self, x, scales):
+        model, plain = pair()
+        for factor, scale in enumerate(scales, 1):
+            F.sum(F.sin(factor * model(x))).backward(loss_scale=scale)
+            F.sum(F.sin(factor * plain(x))).backward()
+        assert_same_bits(model.true_gradients(), gradients(plain))
+
+    def test_of_a_layer_that_is_used_twice_is_equal_but_for_the_order_of_addition(self, x):
+        model, plain = pair(Net)
+        for factor in (1, 2, 3):
+            F.sum(F.sin(factor * model(x))).backward()
+            F.sum(F.sin(factor * plain(x))).backward()
+        assert_close(model.true_gradients(), gradients(plain))
+
+    def test_a_loss_scale_that_is_no_power_of_two_is_divided_out_in_float32(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([3000.0, 6.0, 2.0**-20]), 10), 1000.0)
+        expected = np.float32([3000.0, 6.0, 2.0**-20]) / np.float32(1024 * 1000)
+        np.testing.assert_allclose(held.grad, expected, rtol=1e-6)
+
+    def test_of_gradients_below_the_range_of_float16(self):
+        held = parameter()
+        for exponent in (30, 40, 35):
+            held.receive(InFlight(np.float16([1.0, 2.0, 3.0]), exponent), 1.0)
+        expected = np.float32([1, 2, 3]) * np.float32(2.0**-30 + 2.0**-40 + 2.0**-35)
+        np.testing.assert_allclose(held.grad, expected, rtol=2e-3)
+
+    def test_modifies_no_array_that_came_in(self):
+        held, first, second = parameter(), np.float16([1, 2, 3]), np.float16([4, 5, 6])
+        held.receive(InFlight(first, 3), 1.0)
+        held.receive(InFlight(second, 3), 1.0)
+        held.grad *= 2
+        assert first.tolist() == [1, 2, 3] and second.tolist() == [4, 5, 6]
+
+    def test_holds_one_array_for_each_kind_of_scale_however_many_passes(self):
+        held = parameter()
+        for step in range(50):
+            held.receive(InFlight(np.float16([1, 2, 3]), step % 7), 2.0 ** (step % 5))
+        assert len(held.arrays()) == 1
+
+    @pytest.mark.filterwarnings("ignore:.*zerograd.* is deprecated")
+    def test_starts_anew_after_cleargrads_and_zerograds(self, x):
+        model, plain = pair()
+        F.sum(model(x)).backward()
+        model.cleargrads()
+        assert all(gradient is None for gradient in model.true_gradients().values())
+        F.sum(model(x)).backward()
+        model.zerograds()
+        F.sum(F.sin(model(x))).backward(loss_scale=8)
+        F.sum(F.sin(plain(x))).backward()
+        assert_same_bits(model.true_gradients(), gradients(plain))
+
+
+class TestParametersUsedOutsideTheScope:
+    @pytest.mark.parametrize("scales", [(None,), (64.0,), (64.0, 2.0**-3)])
+    def test_get_the_sum_of_both(self, x, scales):
+        model, plain = pair()
+        for scale in scales:
+            loss = F.sum(F.sin(model(x))) + F.sum(model.first.W**2)
+            loss.backward(loss_scale=scale)
+            (F.sum(F.sin(plain(x))) + F.sum(plain.first.W**2)).backward()
+        assert_close(model.true_gradients(), gradients(plain))
+
+    @pytest.mark.parametrize("scales", [(8.0, 8.0), (8.0, 2.0**-3), (None, 32.0)])
+    def test_get_true_gradients_over_passes_outside_only(self, scales):
+        model, plain = pair()
+        for factor, scale in enumerate(scales, 1):
+            F.sum(F.sin(factor * model.first.W)).backward(loss_scale=scale)
+            F.sum(F.sin(factor * plain.first.W)).backward()
+        np.testing.assert_array_equal(model.first.W.grad, plain.first.W.grad)
+
+    @pytest.mark.parametrize("scale", [None, 64.0])
+    def test_get_true_gradients_from_a_scope_inside_forget(self, x, scale):
+        model, plain = pair()
+        F.sum(F.sin(F.forget(model, x))).backward(loss_scale=scale)
+        F.sum(F.sin(plain(x))).backward()
+        assert_same_bits(model.true_gradients(), gradients(plain))
+
+    @pytest.mark.parametrize("scale", [None, 64.0])
+    def test_get_true_gradients_from_inside_forget(self, x, scale):
+        layer, model = L.Linear(SIZE, SIZE), AdaLossScaled(L.Linear(SIZE, 2))
+        target = chainer.Sequential(layer, model)
+        plain = copy.deepcopy(target)
+        optimizer = prepared(target, chainer.optimizers.SGD(0.1))
+        target.cleargrads()
+        F.sum(F.sin(model(F.forget(layer, chainer.Variable(x))))).backward(loss_scale=scale)
+        optimizer.update()
+        plain.cleargrads()
+        F.sum(F.sin(plain[1].link(plain[0](x)))).backward()
+        np.testing.assert_array_equal(layer.W.array, plain[0].W.array - np.float32(0.1) * plain[0].W.grad)
+
+    def test_with_a_plain_optimizer_behave_as_chainers_own(self, x):
+        wrapped, plain = pair()
+        for link in (wrapped.link, plain):
+            optimizer = chainer.optimizers.MomentumSGD(0.1).setup(link)
+            optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+            for scale in (None, 16.0):
+                link.cleargrads()
+                F.sum(F.sin(link(x))).backward(loss_scale=scale)
+                if scale is None:
+                    optimizer.update()
+        assert_same_bits(values(wrapped), values(plain))
+
+
+class TestReadingAndWriting:
+    def test_grad_reads_as_the_true_gradient_in_float32(self, rng):
+        with dtype("mixed16"):
+            target = training()
+            target.cleargrads()
+            target(*batch(rng)).backward(loss_scale=2.0**10)
+            for path, gradient in target.model.true_gradients().items():
+                read = dict(target.model.namedparams())[path].grad
+                assert read.dtype == np.float32
+                np.testing.assert_array_equal(read, gradient)
+
+    def test_what_was_read_is_the_gradient_from_then_on(self, x):
+        model, plain = pair()
+        F.sum(model(x)).backward(loss_scale=8)
+        F.sum(plain(x)).backward()
+        for link in (model, plain):
+            for held in link.params():
+                held.grad *= 0.5
+                np.clip(held.grad, -0.1, 0.1, out=held.grad)
+        F.sum(F.sin(model(x))).backward(loss_scale=16)
+        F.sum(F.sin(plain(x))).backward()
+        assert_same_bits(model.true_gradients(), gradients(plain))
+
+    def test_an_assigned_gradient_replaces_the_one_in_flight(self, x):
+        model, plain = pair()
+        for link in (model, plain):
+            F.sum(link(x)).backward()
+            link.first.W.grad = np.full_like(link.first.W.array, 2)
+            F.sum(F.sin(link(x))).backward()
+        assert_same_bits(model.true_gradients(), gradients(plain))
+
+    def test_none_may_be_assigned(self, x):
+        model, _ = pair()
+        F.sum(model(x)).backward()
+        model.first.W.grad = None
+        assert model.true_gradients()["/first/W"] is None
+
+    def test_a_gradient_of_another_shape_may_not(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([1, 2, 3]), 3), 1.0)
+        with pytest.raises(ValueError, match="shape"):
+            held.grad = np.zeros(4, np.float32)
+        with pytest.raises((TypeError, ValueError)):
+            held.grad = np.zeros(3, np.int64)
+
+    def test_grad_var_reads_as_the_true_gradient_too(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([1, 2, 3]), 30), 2.0)
+        np.testing.assert_array_equal(held.grad_var.array, np.float32([1, 2, 3]) * np.float32(2.0**-31))
+
+    def test_parameters_never_share_the_array_that_they_show(self):
+        class Sum(chainer.Chain):
+            def __init__(self):
+                super().__init__()
+                with self.init_scope():
+                    self.a, self.b = chainer.Parameter(0, (3,)), chainer.Parameter(0, (3,))
+
+            def forward(self):
+                return self.a + self.b
+
+        model = AdaLossScaled(Sum())
+        model.cleargrads()
+        F.sum(model()).backward()
+        model.a.grad *= 3
+        assert model.b.grad.tolist() == [1, 1, 1]
+
+
+class TestParallelReplicas:
+    @pytest.mark.parametrize("precision", ["float32", "mixed16"])
+    def test_addgrads_adds_true_gradients(self, rng, precision):
+        with dtype(precision):
+            model = training(precision).model
+            replica = model.copy("copy")
+            total = {}
+            for link, scale in ((model, 2.0**10), (replica, 4.0)):
+                x, _ = batch(rng)
+                link.cleargrads()
+                F.sum(F.sin(link(x))).backward(loss_scale=scale)
+                for path, gradient in link.true_gradients().items():
+                    total[path] = total[path] + gradient if path in total else gradient
+            model.addgrads(replica)
+        assert_same_bits(model.true_gradients(), total)
+
+    def test_addgrads_of_a_replica_alone_still_needs_a_prepared_optimizer(self, x):
+        model, _ = pair()
+        replica = model.copy("copy")
+        F.sum(replica(x)).backward()
+        model.addgrads(replica)
+        with pytest.raises(RuntimeError, match="prepare"):
+            chainer.optimizers.SGD().setup(model).update()
+
+    def test_a_shared_copy_has_a_gradient_of_its_own(self, x):
+        model, _ = pair()
+        other = model.copy("share")
+        F.sum(other(x)).backward()
+        assert model.first.W.array is other.first.W.array
+        assert model.first.W.grad is None and other.first.W.grad is not None
+
+    def test_a_copy_to_be_initialized_anew_trains(self, rng):
+        model = AdaLossScaled(Net()).copy("init")
+        optimizer = prepared(model)
+        x, _ = batch(rng)
+        optimizer.update(lambda: F.sum(model(x) ** 2))
+        assert optimizer.t == 1
+
+
+class TestCopies:
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("precision", ["float32", "mixed16"])
+    def test_keep_gradients_masters_and_scales(self, rng, duplicate, precision):
+        with dtype(precision):
+            target = training(precision, update_per_n_iteration=3)
+            optimizer = prepared(target)
+            for magnitude in (1, np.nan, 1):
+                optimizer.update(target, *batch(rng, magnitude=magnitude))
+            target.cleargrads()
+            target(*batch(rng)).backward(loss_scale=64)
+            other = duplicate(target)
+        assert_same_bits(other.model.true_gradients(), target.model.true_gradients())
+        for (path, mine), (_, theirs) in zip(target.namedparams(), other.namedparams(), strict=True):
+            assert isinstance(theirs, ScaledParameter), path
+            assert (mine.master is None) == (theirs.master is None)
+            if mine.master is not None:
+                np.testing.assert_array_equal(mine.master, theirs.master)
+                assert mine.master is not theirs.master
+        assert other.model.policy.to_json() == target.model.policy.to_json()
+
+    def test_train_on_like_the_original(self, rng):
+        with dtype("mixed16"):
+            target = training()
+            data = [batch(rng) for _ in range(3)]
+            prepared(target).update(target, *data[0])
+            results = []
+            for copied in (target, copy.deepcopy(target)):
+                optimizer = prepared(copied)
+                for each in data[1:]:
+                    optimizer.update(copied, *each)
+                results.append(values(copied))
+        assert_same_bits(*results)
+
+    def test_with_a_gradient_still_need_a_prepared_optimizer(self, x):
+        model, _ = pair()
+        F.sum(model(x)).backward()
+        other = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="prepare"):
+            chainer.optimizers.SGD().setup(other).update()
+
+
+class TestAdoption:
+    def test_keeps_the_object_its_name_array_and_rule(self):
+        plain = chainer.Parameter(1.0, (2,), name="weight")
+        plain.update_rule = chainer.optimizers.SGD().create_update_rule()
+        array, rule = plain.array, plain.update_rule
+        assert adopt(plain) is plain
+        assert plain.array is array and plain.update_rule is rule and plain.name == "weight"
+
+    def test_keeps_a_gradient_and_divides_its_loss_scale_out(self):
+        plain = chainer.Parameter(np.ones(2, np.float32))
+        plain.cleargrad()
+        F.sum(3 * plain).backward(loss_scale=8)
+        assert adopt(plain).grad.tolist() == [3, 3]
+
+    def test_keeps_a_class_that_somebody_derived(self):
+        class Positive(chainer.Parameter):
+            def update(self):
+                super().update()
+                self.array = abs(self.array)
+
+        target = AdaLossScaled(L.Linear(2, 2))
+        with target.link.init_scope():
+            target.link.gain = Positive(np.float32([0.5, 0.25]))
+        optimizer = prepared(target, chainer.optimizers.SGD(1.0))
+        optimizer.update(lambda: F.sum(target(np.ones((1, 2), np.float32)) * target.link.gain))
+        assert isinstance(target.link.gain, Positive) and (target.link.gain.array > 0).all()
+
+    def test_of_an_uninitialized_parameter_keeps_it_uninitialized(self):
+        lazy = adopt(chainer.Parameter(chainer.initializers.One(np.float16)))
+        assert lazy.array is None and lazy.dtype == np.float16
+        lazy.cleargrad()
+        lazy.initialize((2,))
+        assert lazy.grad is None and lazy.array.tolist() == [1, 1]
+
+
+class TestTrueGradientsOnMasters:
+    def test_a_float16_parameter_is_its_float32_master(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        with true_gradients_on_masters([held]):
+            assert held.dtype == held.array.dtype == held.grad.dtype == np.float32
+            assert held.grad.tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
+            held.array += held.grad
+        assert held.array.dtype == np.float16 and held.array.tolist() == [1, 1, 1]
+        assert held.master.dtype == np.float32
+
+    def test_the_float16_array_stays_the_same_object(self):
+        held = parameter()
+        array = held.array
+        with true_gradients_on_masters([held]):
+            held.array[...] = 5
+        assert held.array is array and array.tolist() == [5, 5, 5]
+
+    def test_float32_and_float64_parameters_stay_what_they_are(self):
+        for kind in ("float32", "float64"):
+            held = parameter(kind)
+            held.receive(InFlight(np.ones(3, kind), 2), 1.0)
+            with true_gradients_on_masters([held]):
+                assert held.array.dtype == held.grad.dtype == kind
+            assert held.master is None
+
+    def test_gradients_are_in_flight_again_afterwards(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        with true_gradients_on_masters([held]):
+            held.grad[...] = 0
+        assert held.true_gradient().tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
+        assert held.arrays()[0].dtype == np.float16
