@@ -2,7 +2,7 @@
 
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 
-from ada_loss.chainer import functions, links
+from ada_loss.chainer import functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.scaled import AdaLossScaled
@@ -15,6 +15,10 @@ __all__ = [
     "AdaLossScaled",
     "Diverged",
     "functions",
+    "kernels",
     "links",
     "prepare",
 ]
+
+# NumPy has no float16 arithmetic worth the name; float32 and float64 stay Chainer's own.
+kernels.use("numpy")
