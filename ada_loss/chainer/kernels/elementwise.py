@@ -6,6 +6,7 @@ loops are vectorized where its float16 loops are not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -82,4 +83,4 @@ def total(x: np.ndarray, axis: tuple[int, ...] | None, keepdims: bool) -> np.nda
         to_float32(x[start : start + rows]).sum(axis=axes, keepdims=keepdims)
         for start in range(0, len(x), rows)
     )
-    return to_float16(np.asarray(sum(partial)))
+    return to_float16(np.asarray(functools.reduce(np.add, partial)))

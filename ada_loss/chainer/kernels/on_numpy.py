@@ -7,11 +7,19 @@ from typing import Any
 
 import chainer
 import numpy as np
+from chainer.functions.activation.log_softmax import LogSoftmax, LogSoftmaxGrad
 from chainer.functions.activation.relu import ReLU, ReLUGrad2
+from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
+from chainer.functions.activation.softmax import Softmax, _SoftmaxGrad
+from chainer.functions.activation.tanh import Tanh, TanhGrad
 from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
+from chainer.functions.connection.convolution_nd import ConvolutionND, ConvolutionNDGradW
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
 from chainer.functions.math.basic_math import Add, AddConstant, Div, Mul, MulConstant, Sub
+from chainer.functions.math.matmul import MatMul
+from chainer.functions.math.matmul import _matmul as chainers_matmul
 from chainer.functions.math.sum import Sum
 from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
 from chainer.functions.normalization.l2_normalization import NormalizeL2
@@ -180,14 +188,31 @@ def _with_constant(function: Callable[..., np.ndarray]) -> Kernel:
 
 
 def _through_float32(name: str) -> Kernel:
-    """A kernel that has Chainer's own method of this name compute in float32."""
+    """A kernel that has Chainer's own method of this name compute in float32; results are float16."""
 
     def kernel(node: Any, inputs: Arrays) -> Arrays | None:
-        if not all(map(is_float16, inputs)):
+        if not takes(*inputs):
             return None
-        return tuple(map(to_float16, getattr(node, name)(tuple(map(to_float32, inputs)))))
+        return tuple(map(to_float16, getattr(node, name)(tuple(map(as_float32, inputs)))))
 
     return kernel
+
+
+def _convolution_nd_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
+    x, gy = inputs
+    if not (takes(x, gy) or takes(gy, x)):
+        return None
+    return node.forward((as_float32(x), as_float32(gy)))
+
+
+def _matmul(node: Any, inputs: Arrays) -> Arrays | None:
+    a, b = inputs
+    if not (takes(a, b) or takes(b, a)):
+        return None
+    node.retain_inputs((0, 1))
+    y = np.asarray(chainers_matmul(as_float32(a), as_float32(b), node.transa, node.transb, node.transc))
+    dtype = np.dtype(node.dtype or np.result_type(a.dtype, b.dtype))
+    return (to_float16(y) if dtype == np.float16 else y.astype(dtype, copy=False),)
 
 
 def _normalize(node: Any, inputs: Arrays) -> Arrays | None:
@@ -234,8 +259,20 @@ KERNELS: dict[Hook, Kernel] = {
     (LinearFunction, "forward"): _linear,
     (LinearGradData, "forward"): _linear_grad_data,
     (LinearGradWeight, "forward"): _linear_grad_weight,
+    (ConvolutionND, "forward"): _through_float32("forward"),
+    (ConvolutionNDGradW, "forward"): _convolution_nd_grad_weight,
+    (DeconvolutionND, "forward"): _through_float32("forward"),
+    (MatMul, "forward"): _matmul,
     (ReLU, "forward_cpu"): _relu,
     (ReLUGrad2, "forward_cpu"): _relu_grad,
+    (Sigmoid, "forward_cpu"): _through_float32("forward_cpu"),
+    (SigmoidGrad, "forward_cpu"): _through_float32("forward_cpu"),
+    (Tanh, "forward_cpu"): _through_float32("forward_cpu"),
+    (TanhGrad, "forward_cpu"): _through_float32("forward_cpu"),
+    (Softmax, "forward"): _through_float32("forward"),
+    (_SoftmaxGrad, "forward"): _through_float32("forward"),
+    (LogSoftmax, "forward"): _through_float32("forward"),
+    (LogSoftmaxGrad, "forward"): _through_float32("forward"),
     (MaxPoolingND, "forward_cpu"): _max_pooling,
     (MaxPoolingNDGrad, "forward_cpu"): _max_pooling_grad,
     (AveragePooling2D, "forward_cpu"): _through_float32("forward_cpu"),
