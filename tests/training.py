@@ -16,13 +16,16 @@ SIZE, CLASSES = 6, 3
 
 
 class Net(chainer.Chain):
-    """Fan-out, a layer used twice, float32 parameters between float16 ones."""
+    """Fan-out, a layer used twice, float32 parameters between float16 ones.
 
-    def __init__(self, size: int | None = SIZE) -> None:
+    size: of the input, None to leave it to the first batch. norm: makes the normalization for a number of channels.
+    """
+
+    def __init__(self, size: int | None = SIZE, norm: Any = L.BatchNormalization) -> None:
         super().__init__()
         with self.init_scope():
             self.first = L.Linear(size, 8)
-            self.norm = L.BatchNormalization(8)
+            self.norm = norm(8)
             self.shared = L.Linear(8, 8)
             self.last = L.Linear(None if size is None else 8, CLASSES)
 
@@ -51,13 +54,19 @@ def batch(rng: np.random.Generator, count: int = 5, magnitude: float = 1.0) -> t
     return x, (magnitude * rng.standard_normal((count, CLASSES))).astype(np.float32)
 
 
-def training(precision: str = "mixed16", method: str = "approx_range", **settings: Any) -> Training:
-    """A wrapped model with a loss, always with the same initial weights for a precision."""
+def training(
+    precision: str = "mixed16",
+    method: str = "approx_range",
+    norm: Any = L.BatchNormalization,
+    seed: int = 0,
+    **settings: Any,
+) -> Training:
+    """A wrapped model with a loss, with the same initial weights for the same precision and seed."""
     state = np.random.get_state()
-    np.random.seed(0)
+    np.random.seed(seed)
     try:
         with dtype(precision):
-            return Training(AdaLossScaled(Net(), method, **settings))
+            return Training(AdaLossScaled(Net(norm=norm), method, **settings))
     finally:
         np.random.set_state(state)
 
