@@ -75,6 +75,13 @@ def test_overflow_gives_infinity_and_nan_stays_without_a_warning(size, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("low,high", [(65504, 65536), (65536, 131072), (131072, 1e6)])
+def test_values_just_too_large_become_infinite_whatever_else_is_cast_with_them(low, high):
+    values = np.random.default_rng(5).uniform(low, high, 4000).astype(np.float32)
+    assert_same_float16(to_float16(values), numpys_cast(values))
+    assert_same_float16(to_float16(-values), numpys_cast(-values))
+
+
 @pytest.mark.parametrize("view", [np.s_[:], np.s_[:, ::2], np.s_[..., 1:-1, 2:], np.s_[::-1, ..., ::-1]])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_strided_arrays_are_cast_into_strided_arrays(view, transposed):
