@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ada_loss.chainer.kernels import PROVIDERS
 from ada_loss.config import METHODS, AdaLossConfig
 from datasets import DATASETS
 from detector import DECODERS
@@ -127,6 +128,7 @@ class Settings:
     seed: int
     communicator: str
     device: str
+    kernels: str
     loaders: int
     out: Path
     resume: str | None
@@ -254,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the newest one in --out")
     add("--device", choices=DEVICES, default="auto", help="auto is a GPU if there is one")
+    add("--kernels", choices=PROVIDERS, default="auto", help="what computes convolutions and the like")
     add("--communicator", choices=COMMUNICATORS, default="auto", help="of ChainerMN, behind mpiexec")
     add("--loaders", type=_count_or_zero, help="processes that prepare images; 0 for none")
     add("--log-interval", type=_count, default=20, help="iterations between rows of the log")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ada_loss.chainer  # noqa: F401  isort: skip  (loader processes start here)
+
 import concurrent.futures
 import multiprocessing
 import os

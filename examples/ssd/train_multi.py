@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import chainer
 import numpy as np
 
+from ada_loss.chainer import kernels
+from ada_loss.chainer.kernels.providers import provider
 from arguments import Settings, parse_settings
 from errors import InputError, ends_cleanly
 from ranks import gpu_is_there, start_ranks
@@ -20,6 +22,7 @@ from training import assemble, summary
 @ends_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(argv)
+    _check_kernels(settings.kernels)
     on_gpu = _choose_gpu(settings)
     ranks = start_ranks(settings.communicator, on_gpu)
     if settings.batchsize % ranks.size:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--batchsize {settings.batchsize} does not divide among {ranks.size} ranks: use a multiple."
         )
     dtype = chainer.mixed16 if settings.dtype == "mixed16" else np.dtype(settings.dtype)
-    with chainer.using_config("dtype", dtype):
+    with chainer.using_config("dtype", dtype), kernels.using(settings.kernels):
         run = assemble(settings, ranks, on_gpu)
         try:
             result = run.train()
@@ -43,6 +46,13 @@ def _choose_gpu(settings: Settings) -> bool:
     if settings.device == "gpu" and not gpu_is_there():
         raise InputError("--device gpu needs a GPU and CuPy, and there is none: use --device cpu.")
     return settings.device != "cpu" and gpu_is_there()
+
+
+def _check_kernels(name: str) -> None:
+    try:
+        provider(name)
+    except ImportError as error:
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from chainer.training import StandardUpdater, Trainer
 from chainer.training.extension import PRIORITY_WRITER
 from chainercv.links.model.ssd import SSD
 
-from ada_loss.chainer import AdaLossScaled, Diverged, prepare
+from ada_loss.chainer import AdaLossScaled, Diverged, kernels, prepare
 from arguments import Settings
 from batches import BatchIterator, Schedule
 from checkpoints import FOLDER, Checkpoints, RandomState, resume
@@ -110,6 +110,7 @@ class Run:
             "ranks": self.ranks.size,
             "python": platform.python_version(),
             "numpy": np.__version__,
+            "kernels": kernels.current(),
             "settings": self.settings.as_json(),
         }
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +12,13 @@ from PIL import Image
 
 import ada_loss.chainer  # noqa: F401  (before Chainer)
 
-ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "examples" / "ssd"
-sys.path.insert(0, str(EXAMPLE))
+HERE = Path(__file__).resolve().parent
+# The example's scripts import each other as they lie; so do the tests the helpers beside them.
+sys.path[:0] = [str(HERE.parents[2] / "examples" / "ssd"), str(HERE)]
 
 from data_digits import DigitsSettings, make_digits  # noqa: E402
 
 FEW_DIGITS = DigitsSettings(train_images=12, test_images=4)
-
-Script = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
@@ -73,25 +68,3 @@ def write_voc_image(folder: Path, id_: str, rng: np.random.Generator) -> None:
         for tag, value in box.items():
             ElementTree.SubElement(bndbox, tag).text = str(value)
     ElementTree.ElementTree(root).write(folder / "Annotations" / f"{id_}.xml")
-
-
-@pytest.fixture
-def script() -> Script:
-    """Runs a script of the example in a process of its own, on several MPI ranks if asked to."""
-
-    def run(name: str, *args: object, ranks: int | None = None, **extra: str) -> subprocess.CompletedProcess:
-        command = [*launcher(ranks), sys.executable, name, *map(str, args)]
-        return subprocess.run(
-            command, cwd=EXAMPLE, env=environment(**extra), capture_output=True, text=True, timeout=300
-        )
-
-    return run
-
-
-def launcher(ranks: int | None) -> list[str]:
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    return [] if ranks is None else [str(mpiexec if mpiexec.exists() else "mpiexec"), "-n", str(ranks)]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | extra
