@@ -1,8 +1,8 @@
-"""Adaptive loss scaling for Chainer: wrap a link in `AdaLossScaled`, `prepare` the optimizer, train as before."""
+"""Adaptive loss scaling for Chainer: wrap a link in `AdaLossScaled`, `prepare` the optimizer, and train."""
 
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 
-from ada_loss.chainer import functions, kernels, links
+from ada_loss.chainer import backward, functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.scaled import AdaLossScaled
@@ -22,3 +22,6 @@ __all__ = [
 
 # NumPy has no float16 arithmetic worth the name; float32 and float64 stay Chainer's own.
 kernels.use("numpy")
+
+# Gradients in a scope carry exponents; every other graph is left to Chainer's own engine.
+backward.install()

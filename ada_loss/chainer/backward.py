@@ -1,118 +1,135 @@
-"""The scale-carrying backward: Chainer's backward loop with an exponent next to each gradient.
+"""The scale-carrying backward: Chainer's engine with an exponent next to each gradient.
 
-Functions are visited as `chainer.Variable.backward` visits them, by falling rank, and gradients of one variable are
-added in the same order, so with float32 and powers of two the results are the same bits. What differs:
+Functions are visited as `chainer.Variable.backward` visits them, by falling rank, and gradients of one
+variable are added in the same order, so with float32 and powers of two the results are the same bits. What
+differs, for functions in a scope only:
 
+- a gradient that enters the scope gets the entry exponent, one that leaves it becomes the true gradient;
+  gradients of parameters stay in flight until the optimizer asks for them;
 - several gradients of one variable, or of the outputs of one function, are aligned first (`gradient.align`);
-- a decision point chooses a shift, computes its input gradient with it and its parameter gradients without it;
+- a decision point chooses a shift, computes its input gradient with it and its parameter gradients without
+  it;
 - `F.forget` is recomputed here, since its own backward would lose the exponent;
 - ChainerMN's batch normalization averages over ranks in its backward, so these agree on an exponent before.
 
 Backward of any other function is linear in its output gradients, so its exponent simply rides along.
+
+`install` puts the engine in place of Chainer's, as importing `ada_loss.chainer` does. Graphs without a scope,
+and gradients that are to be differentiated again, are still left to Chainer's.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import chainer
 import numpy as np
-from chainer.functions.util.forget import Forget
+from chainer import _backprop
+from chainer.functions.util.forget import Forget, _call_func
 from chainer.variable import VariableNode, _check_grad_type
 
-from ada_loss.chainer.decisions import Product, backward_arrays, enters_float16, input_gradient, products_of
+from ada_loss.chainer import passes
+from ada_loss.chainer.decisions import backward_arrays, enters_float16, input_gradient, products_of
 from ada_loss.chainer.gradient import InFlight, add, align, shifted
+from ada_loss.chainer.parameters import adopt
+from ada_loss.chainer.recorder import Tag, tag_of
+
+Inputs = list[tuple[VariableNode, InFlight]]
 
 
-class Decider(Protocol):
-    """What the backward asks of the scope that it runs in."""
+class BackwardPass:
+    """One pass over a graph: gradients that have arrived, functions that wait, leaves that were reached."""
 
-    def choose(self, function: Any, product: Product | None, gy: Any, exponent: int) -> int:
-        """The shift of a decision point (`product` None: a cast) for its output gradient, an array with `exponent`."""
-
-    def recompute(self, function: Forget) -> Graph:
-        """Run a forgotten function again on fresh inputs."""
-
-
-class Graph(Protocol):
-    """A recorded piece of a computation."""
-
-    inputs: list[VariableNode]
-    """Fresh leaves, one for each input of the function or link that was run."""
-    outputs: list[VariableNode]
-    captured: dict[VariableNode, None]
-    """Nodes from before that the piece uses without having been given them: parameters, variables in closures."""
-
-
-class GradientTable:
-    """The gradients of variable nodes that have arrived and have not been used yet."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, retain_grad: bool = False) -> None:
+        self._retain_grad = retain_grad
         self._gradients: dict[VariableNode, list[InFlight]] = {}
+        self._waiting: list[tuple[int, int, Any]] = []
+        self._seen: set[Any] = set()
+        self._leaves: dict[VariableNode, bool] = {}
 
-    def append(self, node: VariableNode, gradient: InFlight) -> None:
-        self._gradients.setdefault(node, []).append(gradient)
-
-    def reduce(self, node: VariableNode) -> None:
-        """Add up what has arrived for a node, as Chainer does after every function without `lazy_grad_sum`."""
-        if node in self._gradients:
-            self._gradients[node] = [add(self._gradients[node])]
+    def run(self, outputs: Iterable[tuple[VariableNode, InFlight | None]], tag: Tag | None = None) -> None:
+        """Go from `outputs` to the leaves; tag: that of the function whose gradients these are, if any."""
+        for node, gradient in outputs:
+            if gradient is not None:
+                self._arrive(node, gradient, tag)
+            self._enqueue(node.creator_node)
+        while self._waiting:
+            _, _, function = heapq.heappop(self._waiting)
+            self._visit(function)
 
     def pop(self, node: VariableNode | None) -> InFlight | None:
-        gradients = self._gradients.pop(node, None) if node is not None else None
+        """The gradient of a node, which is forgotten here; None where none has arrived."""
+        gradients = self._gradients.pop(node, None)
         return add(gradients) if gradients else None
 
+    def finish(self) -> None:
+        """Hand their gradients to the leaves: in flight to parameters that a scope uses, true to others."""
+        for leaf, scoped in self._leaves.items():
+            variable, gradient = leaf.get_variable_or_none(), self.pop(leaf)
+            if variable is None or gradient is None:
+                continue
+            if scoped and isinstance(variable, chainer.Parameter):
+                adopt(variable).receive(gradient, passes.loss_scale())
+            else:
+                variable._set_grad_var_without_check(chainer.Variable(_true(gradient)))
 
-def scale_carrying_backward(
-    outputs: Iterable[tuple[VariableNode, InFlight]], boundary: Collection[VariableNode], decider: Decider
-) -> dict[VariableNode, InFlight]:
-    """Backward from `outputs` to the leaves: nodes without a creator, and those in `boundary`.
-
-    Returns the gradient in flight of every leaf that was reached. No array that was passed in is modified.
-    """
-    table = GradientTable()
-    leaves: dict[VariableNode, None] = {}
-    candidates: list[tuple[int, int, Any]] = []
-    seen: set[Any] = set()
-    done: set[Any] = set()
-
-    def arrive(node: VariableNode) -> None:
-        creator = None if node in boundary else node.creator_node
-        if creator is None:
-            leaves[node] = None
-        elif creator in done:
-            raise RuntimeError(f"F.forget uses a variable of {creator.label} that was not passed to it: pass it.")
-        elif creator not in seen:
-            heapq.heappush(candidates, (-creator.rank, len(seen), creator))
-            seen.add(creator)
-
-    for node, gradient in outputs:
-        table.append(node, gradient)
-        arrive(node)
-    while candidates:
-        _, _, function = heapq.heappop(candidates)
-        done.add(function)
-        gys = [table.pop(reference()) for reference in function.outputs]
-        reached = {}
-        for node, gx in _step(function, gys, decider):
+    def _visit(self, function: Any) -> None:
+        outputs = [reference() for reference in function.outputs]
+        gys = [None if y is None or y.creator_node is None else self.pop(y) for y in outputs]
+        targets = tuple(index for index, x in enumerate(function.inputs) if x.requires_grad)
+        if not targets:
+            return
+        tag = tag_of(function)
+        found = _with_hooks(function, targets, gys, tag)
+        if self._retain_grad:
+            for y, gy in zip(outputs, gys, strict=True):
+                if y is not None:
+                    y._set_grad_var_if_available(None if gy is None else chainer.Variable(_true(gy)))
+        del gys
+        for node, gx in found:
             _check_grad_type(function, node, True, gx.array)
-            table.append(node, gx)
-            reached[node] = None
-        for node in reached:
+            self._arrive(node, gx, tag)
+        for node in dict.fromkeys(node for node, _ in found):
             if not function.lazy_grad_sum:
-                table.reduce(node)
-            arrive(node)
-    return {leaf: gradient for leaf in leaves if (gradient := table.pop(leaf)) is not None}
+                self._gradients[node] = [add(self._gradients[node])]
+            self._enqueue(node.creator_node)
+
+    def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
+        creator = node.creator_node
+        if creator is None:
+            if node not in self._leaves:
+                self._gradients[node] = _take_present(node)
+            self._leaves[node] = self._leaves.get(node, False) or tag is not None
+        elif tag is None and (inside := tag_of(creator)) is not None:
+            exponent = inside.scope.entry_exponent
+            gradient = InFlight(shifted(gradient.array, exponent), exponent)
+        self._gradients.setdefault(node, []).append(gradient)
+
+    def _enqueue(self, function: Any) -> None:
+        if function is not None and function not in self._seen:
+            heapq.heappush(self._waiting, (-function.rank, len(self._seen), function))
+            self._seen.add(function)
 
 
-def _step(function: Any, gys: list[InFlight | None], decider: Decider) -> list[tuple[VariableNode, InFlight]]:
-    """One function's backward, on the function's device and with the user's function hooks around it."""
-    targets = tuple(index for index, x in enumerate(function.inputs) if x.requires_grad)
-    if not targets:
+def _take_present(leaf: VariableNode) -> list[InFlight]:
+    """The gradient that a leaf has from earlier passes, which is to be added to; the leaf gives it up."""
+    variable = leaf.get_variable_or_none()
+    if isinstance(variable, chainer.Parameter):
+        present = adopt(variable).take(passes.loss_scale())
+        return [] if present is None else [present]
+    if variable is None or variable.grad_var is None:
         return []
-    arrays, exponent = _aligned_outputs(gys)
+    array, variable.grad_var = variable.grad_var.array, None
+    return [InFlight(array)]
+
+
+def _with_hooks(
+    function: Any, targets: tuple[int, ...], gys: list[InFlight | None], tag: Tag | None
+) -> Inputs:
+    """One function's backward, on the function's device and with the user's function hooks around it."""
+    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys])
     in_data = tuple(x.data for x in function.inputs)
     hooks = dict(chainer.get_function_hooks())
     if function._n_local_function_hooks:
@@ -120,13 +137,15 @@ def _step(function: Any, gys: list[InFlight | None], decider: Decider) -> list[t
     with chainer.using_device(chainer.backend.get_device_from_array(*in_data, *arrays)):
         for hook in hooks.values():
             hook.backward_preprocess(function, in_data, arrays)
-        gradients = _gradients(function, targets, arrays, exponent, decider)
+        found = _gradients(function, targets, arrays, exponent, tag)
         for hook in hooks.values():
             hook.backward_postprocess(function, in_data, arrays)
-    return gradients
+    if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
+        raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
+    return found
 
 
-def _aligned_outputs(gys: list[InFlight | None]) -> tuple[tuple[Any, ...], int]:
+def _aligned(gys: list[InFlight | None]) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
     if not present:
         return (None,) * len(gys), 0
@@ -136,45 +155,107 @@ def _aligned_outputs(gys: list[InFlight | None]) -> tuple[tuple[Any, ...], int]:
 
 
 def _gradients(
-    function: Any, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, decider: Decider
-) -> list[tuple[VariableNode, InFlight]]:
-    if isinstance(function, Forget):
-        return _forgotten(function, targets, gys, exponent, decider)
-    if type(function).__module__.startswith("chainermn.functions"):
-        raise RuntimeError(
-            f"{function.label} sends gradients to other processes, which know nothing of their scale: keep it outside "
-            "AdaLossScaled."
-        )
-    communicator = _communicator(function)
-    if communicator is not None and gys[0] is not None:
-        # MPI is needed only here.
-        from ada_loss.chainer.mn import at_agreed_exponent
-
-        gy, exponent = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
-        gys = (gy,)
-    if enters_float16(function) and gys[0] is not None:
-        shift = decider.choose(function, None, gys[0], exponent)
-        return [(function.inputs[0], InFlight(shifted(gys[0], shift, np.float16), exponent + shift))]
-    products = [] if gys[0] is None else [p for p in products_of(function) if p.data in targets]
-    plain = tuple(sorted(set(targets) - {product.data for product in products}))
-    found = {index: (gx, exponent) for index, gx in zip(plain, backward_arrays(function, plain, gys), strict=True)}
-    for product in products:
-        shift = decider.choose(function, product, gys[0], exponent)
-        found[product.data] = (input_gradient(function, product, gys, shift), exponent + shift)
-    return [(function.inputs[index], InFlight(*found[index])) for index in targets if found[index][0] is not None]
-
-
-def _communicator(function: Any) -> Any:
-    """The communicator of a batch normalization that averages statistics of its gradient over ranks, or None."""
-    return getattr(getattr(function, "_impl_selector", None), "comm", None)
+    function: Any, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, tag: Tag | None
+) -> Inputs:
+    """The gradients of those inputs `targets` that have one, in order."""
+    if tag is not None and isinstance(function, Forget):
+        return _forgotten(function, targets, gys, exponent, tag)
+    if tag is not None:
+        gys, exponent = _agreed_over_processes(function, gys, exponent)
+    if tag is None or tag.point is None or gys[0] is None:
+        gxs = backward_arrays(function, targets, gys)
+        found = {index: (gx, exponent) for index, gx in zip(targets, gxs, strict=True)}
+    elif enters_float16(function):
+        shift = tag.scope.choose_for_cast(tag.point, gys[0], exponent)
+        found = {0: (shifted(gys[0], shift, np.float16), exponent + shift)}
+    else:
+        products = [product for product in products_of(function) if product.data in targets]
+        plain = tuple(sorted(set(targets) - {product.data for product in products}))
+        found = {
+            index: (gx, exponent)
+            for index, gx in zip(plain, backward_arrays(function, plain, gys), strict=True)
+        }
+        for product in products:
+            shift = tag.scope.choose_for_product(tag.point, function, product, gys[0], exponent)
+            found[product.data] = (input_gradient(function, product, gys, shift), exponent + shift)
+    return [
+        (function.inputs[index], InFlight(*found[index])) for index in targets if found[index][0] is not None
+    ]
 
 
 def _forgotten(
-    function: Forget, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, decider: Decider
-) -> list[tuple[VariableNode, InFlight]]:
-    graph = decider.recompute(function)
-    entries = [(node, InFlight(gy, exponent)) for node, gy in zip(graph.outputs, gys, strict=True) if gy is not None]
-    reached = scale_carrying_backward(entries, graph.captured, decider)
-    given = [(function.inputs[index], reached.get(graph.inputs[index])) for index in targets]
-    captured = [(node, reached.get(node)) for node in graph.captured]
-    return [(node, gradient) for node, gradient in given + captured if gradient is not None]
+    function: Forget, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, tag: Tag
+) -> Inputs:
+    """Recompute a forgotten part and go on through it; other leaves that it uses get their gradients here."""
+    inputs = tuple(chainer.Variable(x.array) for x in function.get_retained_inputs())
+    with chainer.force_backprop_mode(), chainer.using_config("in_recomputing", True), tag.scope.recorder():
+        outputs = _call_func(function.func, inputs)
+    inner = BackwardPass()
+    entries = zip(outputs, gys, strict=True)
+    inner.run(((y.node, InFlight(gy, exponent)) for y, gy in entries if gy is not None), tag)
+    found = [(function.inputs[index], inner.pop(inputs[index].node)) for index in targets]
+    inner.finish()
+    return [(node, gx) for node, gx in found if gx is not None]
+
+
+def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -> tuple[tuple[Any, ...], int]:
+    """Where a function averages over processes on the way back, all of them have to bring one exponent."""
+    if type(function).__module__.startswith("chainermn."):
+        raise RuntimeError(
+            f"{function.label} sends gradients to other processes, which know nothing of their scale: "
+            "keep it outside AdaLossScaled."
+        )
+    communicator = getattr(getattr(function, "_impl_selector", None), "comm", None)
+    if communicator is None or gys[0] is None:
+        return gys, exponent
+    # MPI is needed only here.
+    from ada_loss.chainer.mn import at_agreed_exponent
+
+    agreed = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
+    return (agreed.array, *gys[1:]), agreed.exponent
+
+
+def _true(gradient: InFlight) -> Any:
+    return shifted(gradient.array, -gradient.exponent)
+
+
+def _holds_scope(outputs: Any) -> bool:
+    """Whether any function from `outputs` on upstream belongs to a scope."""
+    waiting = [node.creator_node for node, _ in outputs]
+    seen = set()
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        if tag_of(function) is not None:
+            return True
+        seen.add(function)
+        waiting += [x.creator_node for x in function.inputs if x.requires_grad]
+    return False
+
+
+_chainers_engine = _backprop._backprop_to_all
+
+
+@passes.noting
+def _engine(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
+    if not _holds_scope(outputs):
+        _chainers_engine(outputs, retain_grad, loss_scale)
+        return
+    this = BackwardPass(retain_grad=retain_grad)
+    this.run([(y, None if gy is None else InFlight(gy.array)) for y, gy in outputs])
+    this.finish()
+
+
+def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
+    if not chainer.config.enable_backprop:
+        _engine(outputs, retain_grad, loss_scale)
+    elif loss_scale in (None, 1) or not _holds_scope(outputs):
+        _chainers_engine(outputs, retain_grad, loss_scale)
+    else:
+        raise RuntimeError("Double backpropagation through AdaLossScaled takes no loss scale: leave it out.")
+
+
+def install() -> None:
+    """Make `Variable.backward`, `chainer.backward` and `F.forget` use this engine."""
+    _backprop._backprop_to_all = _backprop_to_all

@@ -1,13 +1,15 @@
 """Which functions are decision points, and how a chosen shift enters their backward.
 
-A decision point multiplies its output gradient by another of its inputs (a weight, or the other operand of a matrix
-product), so its input gradient can be scaled by scaling that input: gx = gy * (W * 2**shift). That needs no scaled copy of
-gy, and Chainer's own backward computes it. A cast that leaves float16 on the forward pass is the other kind: its
-backward rounds to float16, and the shift is applied before.
+A decision point multiplies its output gradient by another of its inputs (a weight, or the other operand of a
+matrix product), so its input gradient can be scaled by scaling that input: gx = gy * (W * 2**shift). That
+needs no scaled copy of gy, and Chainer's own backward computes it. A cast that leaves float16 on the forward
+pass is the other kind: its backward rounds to float16, and the shift is applied before.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,9 @@ from chainer.functions.connection.convolution_nd import ConvolutionND
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.linear import LinearFunction
-from chainer.functions.math.matmul import MatMul
+from chainer.functions.math.einsum import EinSum, _enumerate_axes
+from chainer.functions.math.matmul import BatchMatMul, MatMul
+from chainer.functions.math.tensordot import TensorDot
 
 from ada_loss.chainer.gradient import shifted
 from ada_loss.statistics import module_of
@@ -30,36 +34,59 @@ from ada_loss.statistics import module_of
 class Product:
     """A function whose gradient for input `data` is a sum of products of gy and input `weight`.
 
-    fan: how many products make one element of that gradient, from the function and the weight's shape.
+    fan: how many products make one element of that gradient at most, from the function and its gy (an array).
     channel_axis: the axis of the weight that runs over gy's channels, None where they share none.
     """
 
     data: int
     weight: int
-    fan: Callable[[Any, tuple[int, ...]], int]
+    fan: Callable[[Any, Any], int]
     channel_axis: int | None = 0
 
 
-def _convolution_fan(function: Any, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) // shape[1] // getattr(function, "groups", 1)
+def _convolution_fan(function: Any, gy: Any) -> int:
+    out_channels, _, *kernel = function.inputs[1].shape
+    return out_channels // getattr(function, "groups", 1) * math.prod(kernel)
 
 
-def _deconvolution_fan(function: Any, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape[1:]))
+def _deconvolution_fan(function: Any, gy: Any) -> int:
+    return math.prod(function.inputs[1].shape[1:])
 
 
-def _linear_fan(function: Any, shape: tuple[int, ...]) -> int:
-    return shape[0]
+def _linear_fan(function: Any, gy: Any) -> int:
+    return function.inputs[1].shape[0]
 
 
-def _left_fan(function: MatMul, shape: tuple[int, ...]) -> int:
-    # gA = gC B^T sums over the columns of C, which are those of op(B).
-    return shape[-2 if function.transb else -1] if len(shape) > 1 else 1
+def _matmul_terms(function: Any, gy: Any) -> int:
+    a = function.inputs[0].shape
+    return gy.size * (a[-2] if function.transa and len(a) > 1 else a[-1])
 
 
-def _right_fan(function: MatMul, shape: tuple[int, ...]) -> int:
-    # gB = A^T gC sums over the rows of C, which are those of op(A).
-    return shape[-1 if function.transa else -2] if len(shape) > 1 else 1
+def _batch_matmul_terms(function: Any, gy: Any) -> int:
+    batch, rows, columns = (*function.inputs[0].shape, 1)[:3]
+    return gy.size * (rows if function.transa else columns)
+
+
+def _tensordot_terms(function: Any, gy: Any) -> int:
+    return gy.size * math.prod(function.inputs[0].shape[axis] for axis in function.a_axes[1])
+
+
+def _einsum_terms(function: Any, gy: Any) -> int:
+    sizes: dict[str, int] = {}
+    for x, subscripts in zip(function.inputs, function.in_subs.split(","), strict=True):
+        for axes, letter in _enumerate_axes(subscripts):
+            size = math.prod(x.shape[axes]) if isinstance(axes, slice) else x.shape[axes]
+            sizes[letter] = max(size, sizes.get(letter, 0))
+    return math.prod(sizes.values())
+
+
+def _both_operands(terms: Callable[[Any, Any], int]) -> tuple[Product, Product]:
+    """The products of a function of two operands; every element takes part in equally many of all `terms`."""
+
+    def fan(operand: int) -> Callable[[Any, Any], int]:
+        return lambda function, gy: terms(function, gy) // max(1, math.prod(function.inputs[operand].shape))
+
+    return Product(0, 1, fan(0), None), Product(1, 0, fan(1), None)
 
 
 PRODUCTS: dict[type, tuple[Product, ...]] = {
@@ -68,27 +95,40 @@ PRODUCTS: dict[type, tuple[Product, ...]] = {
     ConvolutionND: (Product(0, 1, _convolution_fan),),
     Deconvolution2DFunction: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
     DeconvolutionND: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
-    MatMul: (Product(0, 1, _left_fan, None), Product(1, 0, _right_fan, None)),
+    MatMul: _both_operands(_matmul_terms),
+    BatchMatMul: _both_operands(_batch_matmul_terms),
+    TensorDot: _both_operands(_tensordot_terms),
+    EinSum: _both_operands(_einsum_terms),
 }
 """The decision points, by function class; subclasses inherit."""
 
 
 def products_of(function: chainer.FunctionNode) -> tuple[Product, ...]:
     """The products of a function's backward, () unless it is a decision point with weights."""
-    for cls in type(function).__mro__:
-        if cls in PRODUCTS:
-            return PRODUCTS[cls]
-    return ()
+    if isinstance(function, EinSum) and function.in_subs.count(",") != 1:
+        # One operand is only rearranged; of three or more, no single one is the weight of another.
+        return ()
+    cls: Any = type(function)
+    return _products_of_class(cls)
+
+
+@functools.cache
+def _products_of_class(cls: Any) -> tuple[Product, ...]:
+    return next((PRODUCTS[base] for base in cls.__mro__ if base in PRODUCTS), ())
 
 
 def is_decision(function: chainer.FunctionNode) -> bool:
-    """Whether a shift is chosen at this function."""
-    return isinstance(function, Cast) or bool(products_of(function))
+    """Whether a shift is chosen at this function, which has run forward."""
+    return bool(products_of(function)) or enters_float16(function)
 
 
 def enters_float16(function: chainer.FunctionNode) -> bool:
     """Whether the function is a cast whose backward rounds to float16."""
-    return isinstance(function, Cast) and function._in_type == np.float16 and np.dtype(function.type) != np.float16
+    return (
+        isinstance(function, Cast)
+        and function._in_type == np.float16
+        and np.dtype(function.type) != np.float16
+    )
 
 
 def input_gradient(function: Any, product: Product, gys: tuple[Any, ...], shift: int) -> Any:
@@ -121,7 +161,7 @@ def _place(function: Any, product: Product) -> int:
 
 
 def backward_arrays(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Chainer's own backward of a function, on arrays: the gradients of the inputs `targets`, None where there is none."""
+    """Chainer's own backward of a function, on arrays: one or None for each of the inputs `targets`."""
     if not targets:
         return ()
     variables = tuple(None if gy is None else chainer.Variable(gy, requires_grad=False) for gy in gys)

@@ -1,4 +1,4 @@
-"""A gradient in flight: an array and the exponent that it carries, and `align`, the one primitive for adding several."""
+"""Gradients in flight, arrays that carry an exponent, and `align`, the one primitive for adding several."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class InFlight(NamedTuple):
 
 
 def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
-    """`array` * 2**`shift`, rounded once to `dtype` (default: the array's own); the array itself if nothing changes.
+    """`array` * 2**`shift`, rounded once to `dtype` (default: the array's own).
 
-    float16 goes through float32, where the product is exact.
+    The array itself if nothing changes. float16 goes through float32, where the product is exact.
     """
     dtype = np.dtype(dtype or array.dtype)
     if shift == 0:
@@ -40,8 +40,8 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
 def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
     """Bring gradients to one exponent: the largest of theirs at which their sum cannot overflow.
 
-    Where no exponent of theirs is low enough, the largest lower one. Gradients whose exponents agree stay as they
-    are in formats wider than float16. Returns the arrays, new ones where they differ, and the exponent.
+    Where no exponent of theirs is low enough, the largest lower one. Gradients whose exponents agree stay as
+    they are in formats wider than float16. Returns the arrays, new ones where they differ, and the exponent.
     """
     exponents = {gradient.exponent for gradient in gradients}
     target = max(exponents)

@@ -58,6 +58,21 @@ class ScaledParameter(chainer.Parameter):
         self._scoped = True
         self._add(gradient, loss_scale)
 
+    def take(self, loss_scale: float) -> InFlight | None:
+        """Give up the part of the gradient that a pass with `loss_scale` is to add to, in Chainer's order."""
+        half, exponent = math.frexp(loss_scale)
+        factor, exponent = 2 * half, exponent - 1
+        rest = dict(self._in_flight)
+        present = rest.pop(factor, None)
+        if present is not None:
+            self._in_flight = rest
+            return InFlight(present.array, present.exponent - exponent)
+        settled = self._settled()
+        if factor != 1 or settled is None or settled.dtype != self.dtype:
+            return None
+        self._set_grad_without_check(None)
+        return InFlight(settled, -exponent)
+
     def true_gradient(self) -> Any:
         """The gradient without any scale: float32 (float64 for a float64 parameter), a new array; None if
         none."""

@@ -1,8 +1,7 @@
 """Backward passes of Chainer's engine: whether one is running, and the loss scale that its gradients carry.
 
 Chainer tells leaves their loss scale at the very end of a pass, and not at all in the pass that `F.forget`
-starts inside another one. So the engine itself is made to note what it is called with; it does what it did
-before.
+starts inside another one. So the engine itself notes what it is called with.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any
-
-import chainer._backprop
 
 
 class _Passes(threading.local):
@@ -32,7 +29,9 @@ def loss_scale() -> float:
     return _passes.scale or 1.0
 
 
-def _noting(engine: Callable[..., None]) -> Callable[..., None]:
+def noting(engine: Callable[..., None]) -> Callable[..., None]:
+    """A backward engine that notes what it is called with."""
+
     @functools.wraps(engine)
     def backprop(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
         around = _passes.scale
@@ -44,6 +43,3 @@ def _noting(engine: Callable[..., None]) -> Callable[..., None]:
             _passes.scale = around
 
     return backprop
-
-
-chainer._backprop._backprop_to_all = _noting(chainer._backprop._backprop_to_all)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ada_loss.chainer.branches import FanOut
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
 from ada_loss.entry_scale import EntryScale
@@ -26,7 +27,7 @@ class Decision:
 class ShiftPolicy:
     """Chooses shifts by the configured rule, anew every `update_per_n_iteration` iterations.
 
-    config: settings of the scope. layers: settings of layers that have their own, by path.
+    config: settings of the scope. layers: settings of links that a filter refused, by path.
     """
 
     def __init__(self, config: AdaLossConfig, layers: dict[str, AdaLossConfig]) -> None:
@@ -35,22 +36,32 @@ class ShiftPolicy:
         self.entry = EntryScale.from_config(config)
         self.iteration = 0
         self.decisions: dict[Site, Decision] = {}
+        self.branches: tuple[FanOut, ...] | None = None
         self._shifts: dict[Site, int] = {}
         self._calls: Counter[str] = Counter()
 
-    def next_index(self, path: str) -> int:
+    def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
         self._calls[path] += 1
         return self._calls[path] - 1
 
     def choose(
-        self, site: Site, gy: Any, exponent: int, weight: Any = None, fan: int = 1, channel_axis: int | None = 0
+        self,
+        site: Site,
+        gy: Any,
+        exponent: int,
+        weight: Any = None,
+        fan: int = 1,
+        channel_axis: int | None = 0,
+        *,
+        config: AdaLossConfig | None = None,
     ) -> int:
         """The shift at a site for the output gradient `gy` (array) that carries `exponent`.
 
-        weight, fan, channel_axis: see `ada_loss.rules.measure`; no weight at a cast.
+        weight, fan, channel_axis: see `ada_loss.rules.measure`; no weight at a cast. config: the site's own
+        settings.
         """
-        config = self.layers.get(site.path, self.config)
+        config = config or self.layers.get(site.path, self.config)
         due = self.iteration % config.update_per_n_iteration == 0
         if not due and site in self._shifts:
             return self._shifts[site]
@@ -81,7 +92,7 @@ class ShiftPolicy:
         state = json.loads(text)
         self.iteration = state["iteration"]
         self.entry = self.entry.restored(state["entry"])
-        self._shifts = {Site(path, index, operand): shift for path, index, operand, shift in state["shifts"]}
+        self._shifts = {Site(path, call, operand): shift for path, call, operand, shift in state["shifts"]}
         self.decisions.clear()
         self._calls.clear()
 

@@ -1,8 +1,10 @@
-"""Records which functions a link applies, and tags the decision points among them with the layer that they belong to."""
+"""Marks the functions that a wrapped link applies as its scope's, and decision points as their layer's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import chainer
@@ -16,52 +18,143 @@ _NAME = "AdaLossRecorder"
 class Site(NamedTuple):
     """Where a shift is chosen.
 
-    path: the innermost link that applied the function, as a path below the wrapped link, "/" for the link itself, or
-        the name given to the function, if it has one. index: which of the path's decision points within one step.
+    path: the innermost link that applied the function, as a path below the wrapped link, "/" for the link
+        itself, or the name given to the function, if it has one. call: which of the path's decision points
+        within one step, from 0.
     operand: which input's gradient is scaled; matters for products of two activations.
     """
 
     path: str
-    index: int
+    call: int
     operand: int = 0
 
 
-class Recorder(chainer.FunctionHook):
-    """While entered: collects the functions that are applied and gives decision points their site.
+class Point(NamedTuple):
+    """A decision point. config: settings of its own; None for those of the scope."""
 
-    paths: the wrapped link's descendants by identity. configs: settings of layers that have their own, by path.
+    site: Site
+    config: AdaLossConfig | None
+
+
+class Tag(NamedTuple):
+    """What a function in a scope carries. point: of a decision point; None for any other function."""
+
+    scope: Any
+    point: Point | None = None
+
+
+def tag_of(function: chainer.FunctionNode) -> Tag | None:
+    """The tag of a function that was applied in a scope, None outside of every scope."""
+    return getattr(function, "ada_loss_tag", None)
+
+
+class LinkPaths:
+    """Paths of the links below a root, looked up by identity; found anew when an unknown link turns up."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[chainer.Link], str]] = {}
+
+    def find(self, link: chainer.Link, root: chainer.Link) -> str | None:
+        """The link's first path below `root`, "/" for `root` itself; None if it is not below."""
+        return self._look_up(link) or self._search(link, root)
+
+    def _look_up(self, link: chainer.Link) -> str | None:
+        reference, path = self._known.get(id(link), (None, None))
+        return path if reference is not None and reference() is link else None
+
+    def _search(self, link: chainer.Link, root: chainer.Link) -> str | None:
+        self._known = {id(found): (weakref.ref(found), path) for path, found in named_links(root).items()}
+        return self._look_up(link)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is known is known of these very links, and not of their copies.
+        return LinkPaths, ()
+
+
+def named_links(link: chainer.Link) -> dict[str, chainer.Link]:
+    """Every link once, by its first path below `link`, "/" for `link` itself."""
+    found: dict[int, tuple[str, chainer.Link]] = {}
+    for path, child in link.namedlinks():
+        found.setdefault(id(child), (path, child))
+    return dict(found.values())
+
+
+class Recorder(chainer.FunctionHook):
+    """While entered: tags the functions that are applied in backprop mode.
+
+    scope: what the functions belong to. path_of: the path of a link, None if it has none. next_call: how
+    often a path has been asked for before. applied: filled with every function that is tagged and the path of
+    its link, if given.
     """
 
     name = _NAME
 
-    def __init__(self, paths: dict[int, str], next_index: Callable[[str], int]) -> None:
-        self.functions: list[Any] = []
-        self._paths = paths
-        self._next_index = next_index
+    def __init__(
+        self,
+        scope: Any,
+        path_of: Callable[[chainer.Link], str | None],
+        next_call: Callable[[str], int],
+        applied: list[tuple[Any, str]] | None = None,
+    ) -> None:
+        self._inside = Tag(scope)
+        self._path_of = path_of
+        self._next_call = next_call
+        self._applied = applied
         self._links = _LinkStack()
+        self._given: list[tuple[str | None, AdaLossConfig | None]] = []
+        self._around: Recorder | None = None
 
     def __enter__(self) -> Recorder:
+        # A backward pass inside a wrapped link's forward may recompute what F.forget forgot, in a recorder of
+        # its own.
+        self._around = chainer.get_function_hooks().pop(_NAME, None)
+        if self._around is not None:
+            self._around._links.__exit__()
         self._links.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         self._links.__exit__(*exc)
+        if self._around is not None:
+            self._around._links.__enter__()
+            chainer.get_function_hooks()[_NAME] = self._around
+
+    @contextmanager
+    def named(self, name: str | None, config: AdaLossConfig | None) -> Iterator[None]:
+        """Within it decision points get a name in place of their layer's path, and settings, if not None."""
+        self._given.append((name, config))
+        try:
+            yield
+        finally:
+            self._given.pop()
 
     def forward_postprocess(self, function: Any, in_data: Any) -> None:
         if not chainer.config.enable_backprop:
             return
-        self.functions.append(function)
-        if is_decision(function):
-            link = self._links.innermost
-            path = self._paths.get(id(link), "/") if link is not None else "/"
-            path = getattr(function, "ada_loss_name", None) or path
-            function.ada_loss_site = Site(path, self._next_index(path))
+        decides = is_decision(function)
+        function.ada_loss_tag = self._inside._replace(point=self._next_point()) if decides else self._inside
+        if self._applied is not None:
+            self._applied.append((function, self._layer()[0]))
+
+    def _next_point(self) -> Point:
+        name, given = self._given[-1] if self._given else (None, None)
+        path, own = self._layer()
+        path = name or path
+        return Point(Site(path, self._next_call(path)), given or own)
+
+    def _layer(self) -> tuple[str, AdaLossConfig | None]:
+        """The path of the innermost link that has one, and the settings of its own."""
+        for link in reversed(self._links.stack):
+            path = self._path_of(link)
+            if path is not None:
+                return path, getattr(link, "ada_loss_config", None)
+        return "/", None
 
 
-def recording() -> bool:
-    """Whether a scope is being recorded in this thread."""
-    return _NAME in chainer.get_function_hooks()
+def active_recorder() -> Recorder | None:
+    """The recorder of the scope that is being computed in this thread."""
+    return chainer.get_function_hooks().get(_NAME)
 
 
 class _LinkStack(chainer.LinkHook):
@@ -70,14 +163,12 @@ class _LinkStack(chainer.LinkHook):
     name = _NAME
 
     def __init__(self) -> None:
-        self._stack: list[chainer.Link] = []
-
-    @property
-    def innermost(self) -> chainer.Link | None:
-        return self._stack[-1] if self._stack else None
+        self.stack: list[chainer.Link] = []
 
     def forward_preprocess(self, args: Any) -> None:
-        self._stack.append(args.link)
+        self.stack.append(args.link)
 
     def forward_postprocess(self, args: Any) -> None:
-        self._stack.pop()
+        # Links inside that raised, to be caught by this one, are still there.
+        while self.stack and self.stack.pop() is not args.link:
+            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +10,13 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
+from ada_loss.chainer.branches import FanOut
 from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import Decision, ShiftPolicy
-from ada_loss.chainer.recorder import Recorder, recording
-from ada_loss.chainer.scope import Context, apply_in_scope
-from ada_loss.chainer.transforms import Filter, Report, named_links, transform
+from ada_loss.chainer.recorder import LinkPaths, active_recorder
+from ada_loss.chainer.scope import Scope
+from ada_loss.chainer.transforms import Filter, Report, transform
 from ada_loss.config import AdaLossConfig
 
 
@@ -25,15 +27,16 @@ class AdaLossScaled(chainer.Chain):
         link: any link. It becomes `.link`; its layers become scaled variants, in place.
         loss_scale_method: the rule, see `AdaLossConfig`, which also describes the other `settings`.
         filter: a function (path, link) -> bool that says which layers to scale; all of them by default.
-        output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in float32,
-            and the gradients that enter are scaled before they are rounded.
+        output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in
+            float32, and the gradients that enter are scaled before they are rounded.
         settings: any field of `AdaLossConfig`; a bad one raises a ValueError.
 
-    Call it as the link itself: it takes and returns what the link takes and returns. Without backprop mode, and inside
-    another `AdaLossScaled`, it is just the link. Attributes and methods of the link are reachable on it. Saved, it has
-    the paths of the plain link, and its own state beside them under `ada_loss/`.
+    Call it as the link itself: it takes and returns what the link takes and returns. Without backprop mode,
+    and inside another `AdaLossScaled`, it is just the link. Attributes and methods of the link are reachable
+    on it. Saved, it has the paths of the plain link, and its own state beside them under `ada_loss/`.
 
-    The parameters' gradients stay scaled until an optimizer that `ada_loss.chainer.prepare` has prepared asks for them.
+    The parameters' gradients stay scaled until an optimizer that `ada_loss.chainer.prepare` has prepared asks
+    for them.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class AdaLossScaled(chainer.Chain):
         if not isinstance(link, chainer.Link):
             raise TypeError(f"AdaLossScaled wraps a chainer.Link, not {type(link).__name__}.")
         super().__init__()
-        self.report, layers = transform(link, filter)
-        self.policy = ShiftPolicy(config, layers)
+        self.report, refused = transform(link, filter)
+        self.policy = ShiftPolicy(config, refused)
+        self._paths = LinkPaths()
         self._output_dtype = None if output_dtype is None else np.dtype(output_dtype)
         with self.init_scope():
             self.link = link
@@ -70,16 +74,19 @@ class AdaLossScaled(chainer.Chain):
         """The latest decision of every decision point, in the order in which backward first met them."""
         return list(self.policy.decisions.values())
 
+    @property
+    def branches(self) -> tuple[FanOut, ...]:
+        """Where the graph of the first forward pass fans out, so that gradients meet; () before it."""
+        return self.policy.branches or ()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if recording():
+        if active_recorder() is not None:
             return self.link(*args, **kwargs)
-        context = Context(self.policy, self._recorder, self._output_dtype)
-        if not chainer.config.enable_backprop:
-            return context.cast_results(self.link(*args, **kwargs))
-        return apply_in_scope(self.link, args, kwargs, context)
+        scope = Scope(self.policy, self._paths, weakref.ref(self.link), self._output_dtype)
+        return scope.call(self.link, args, kwargs)
 
     def true_gradients(self) -> dict[str, Any]:
-        """Each parameter's true gradient as a new float32 array, by its path in the plain link; None where there is none."""
+        """Each parameter's true gradient, a new float32 array or None, by its path in the plain link."""
         return {path: _true_gradient(parameter) for path, parameter in self.link.namedparams()}
 
     def cleargrads(self) -> None:
@@ -98,15 +105,25 @@ class AdaLossScaled(chainer.Chain):
         else:
             _load_state(own, self.policy)
 
+    def __str__(self) -> str:
+        if not self.branches:
+            return super().__str__()
+        branches = "".join(f"\n    {branch}" for branch in self.branches)
+        return f"{super().__str__().removesuffix(')')}  (branches):{branches}\n)"
+
     def __getattr__(self, name: str) -> Any:
-        # Only names that the wrapper itself does not have come here; before __init__ has run there is no link yet.
+        # Only names that the wrapper itself does not have come here; before __init__ has run there is no link
+        # yet.
         if name.startswith("__") or "link" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.link, name)
 
-    def _recorder(self) -> Recorder:
-        paths = {id(link): path for path, link in named_links(self.link).items()}
-        return Recorder(paths, self.policy.next_index)
+    def __setattr__(self, name: str, value: Any) -> None:
+        link = self.__dict__.get("link")
+        if link is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(link, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(link, name, value)
 
 
 def _true_gradient(parameter: chainer.Parameter) -> Any:

@@ -1,46 +1,28 @@
-"""Variables inside nested tuples, lists and dictionaries: taken out, and put back."""
+"""Variables inside nested tuples, lists and dictionaries."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import chainer
 
 
-@dataclass(frozen=True)
-class _Place:
-    index: int
+def map_variables(change: Callable[[chainer.Variable], chainer.Variable], value: Any) -> Any:
+    """A nested structure with every variable in it changed, the structure itself where none is.
 
-
-def flatten(nested: Any) -> tuple[list[chainer.Variable], Any]:
-    """The variables in a nested structure, in order, and the structure with their places; `rebuild` undoes it."""
-    variables: list[chainer.Variable] = []
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, chainer.Variable):
-            variables.append(value)
-            return _Place(len(variables) - 1)
-        return _map(visit, value)
-
-    return variables, visit(nested)
-
-
-def rebuild(layout: Any, variables: Sequence[Any]) -> Any:
-    """The structure with its places filled by `variables`, in order."""
-
-    def visit(value: Any) -> Any:
-        return variables[value.index] if isinstance(value, _Place) else _map(visit, value)
-
-    return visit(layout)
-
-
-def _map(visit: Any, value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(visit, value))
-    if type(value) in (tuple, list):
-        return type(value)(map(visit, value))
+    Looks into tuples, named tuples, lists and dictionaries; everything else stays as it is.
+    """
+    if isinstance(value, chainer.Variable):
+        return change(value)
     if isinstance(value, dict):
-        return type(value)((key, visit(item)) for key, item in value.items())
+        changed = [map_variables(change, item) for item in value.values()]
+        if all(new is old for new, old in zip(changed, value.values(), strict=True)):
+            return value
+        return type(value)(zip(value, changed, strict=True))
+    if type(value) in (tuple, list) or isinstance(value, tuple) and hasattr(value, "_fields"):
+        changed = [map_variables(change, item) for item in value]
+        if all(new is old for new, old in zip(changed, value, strict=True)):
+            return value
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
     return value

@@ -1,8 +1,9 @@
 """Scaled variants of Chainer's layers, under their names with `AdaLoss` in front.
 
-A variant has the constructor, parameters and behaviour of the layer that it is named after; inside `AdaLossScaled` it
-is a decision point. `AdaLossScaled` turns layers into variants by itself; use these to write a model with them, or to
-give a layer settings of its own: `AdaLossLinear(10, 3).with_config(AdaLossConfig(loss_scale_method="fixed"))`.
+A variant has the constructor, parameters and behaviour of the layer that it is named after; inside
+`AdaLossScaled` it is a decision point. `AdaLossScaled` turns layers into variants by itself; use these to
+write a model with them, or to give a layer settings of its own:
+`AdaLossLinear(10, 3).with_config(AdaLossConfig(loss_scale_method="fixed"))`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ada_loss.chainer.functions.branch import branch
 
 
 class AdaLossBranch(chainer.Link):
-    """Gives its input to `n` consumers: `a, b = AdaLossBranch(2)(x)`; their gradients are aligned and added."""
+    """Gives its input to `n` consumers, as in `a, b = AdaLossBranch(2)(x)`, and adds up their gradients."""
 
     def __init__(self, n: int = 2) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any, TypeVar
 
 import chainer
@@ -14,7 +15,7 @@ _VARIANTS: dict[type, type] = {}
 
 
 class ScaledLayer:
-    """Marks a layer class whose function is a decision point inside `AdaLossScaled`; outside nothing changes."""
+    """Marks a layer class whose function is a decision point inside `AdaLossScaled`; outside it is itself."""
 
     ada_loss_config: AdaLossConfig | None = None
     """Settings of this layer alone; None for those of the scope."""
@@ -31,16 +32,19 @@ class ScaledLayer:
             _VARIANTS.setdefault(plain, cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Variants of a user's own layer classes are made on the fly, so pickle has to find them by the plain class.
-        _, arguments, *state = super().__reduce_ex__(2)
-        plain = next(base for base in type(self).__mro__ if base not in _VARIANTS.values() and base is not ScaledLayer)
-        return (_new_variant, (plain,), *state)
+        made_from = type(self).__dict__.get("_made_from")
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        if made_from is None or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new_variant, (made_from,), *reduced[2:])
 
 
 def variant_class(plain: type) -> type:
     """The scaled variant of a layer class, made on first use for classes that are not Chainer's own."""
     if plain not in _VARIANTS:
-        type(f"AdaLoss{plain.__name__}", (ScaledLayer, plain), {"__module__": __name__, "__doc__": plain.__doc__})
+        # Pickle finds a class that is made here by the one that it is made from.
+        members = {"__module__": __name__, "__doc__": plain.__doc__, "_made_from": plain}
+        type(f"AdaLoss{plain.__name__}", (ScaledLayer, plain), members)
     return _VARIANTS[plain]
 
 
@@ -52,5 +56,5 @@ def as_variant(layer: Layer) -> Layer:
 
 
 def _new_variant(plain: type) -> Any:
-    cls = variant_class(plain)
+    cls: Any = variant_class(plain)
     return cls.__new__(cls)
