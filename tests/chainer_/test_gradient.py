@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ada_loss.chainer.gradient import InFlight, add, align, shifted
 
 

@@ -1,0 +1,348 @@
+"""What the distributed tests run on every rank, and once more in a single process: `mn_program.py FOLDER`.
+
+Each case returns arrays by name; rank r leaves them in FOLDER/CASE.r.npz.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import ada_loss.chainer as ada_loss_chainer
+
+import chainer  # isort: skip
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+from chainer import optimizer_hooks, optimizers
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+from ada_loss.chainer import AdaLossScaled, Diverged
+from ada_loss.config import METHODS
+from helpers import dtype
+from training import batch, masters, training, values
+
+BATCH = 12
+
+
+class Alone:
+    """The one rank of a training that is not distributed."""
+
+    rank, size = 0, 1
+
+
+def prepared(target: chainer.Link, comm: Any, optimizer: Any = None, **options: Any) -> Any:
+    """A prepared optimizer, on several ranks ChainerMN's."""
+    optimizer = optimizer or optimizers.MomentumSGD(0.05)
+    if comm.size > 1:
+        import chainermn
+
+        optimizer = chainermn.create_multi_node_optimizer(optimizer, comm, **options)
+    optimizer.setup(target)
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+    optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+    return ada_loss_chainer.prepare(optimizer)
+
+
+def share(arrays: Any, comm: Any) -> Any:
+    """This rank's part of a batch."""
+    count = len(arrays[0]) // comm.size
+    return [array[comm.rank * count : (comm.rank + 1) * count] for array in arrays]
+
+
+def steps(target: chainer.Link, optimizer: Any, comm: Any, magnitudes: Any, seed: int = 50) -> None:
+    """A step for each entry of `magnitudes`: how large the targets are, of each sample or of all."""
+    rng = np.random.default_rng(seed)
+    if comm.size > 1 and not optimizer.target_params:
+        optimizer.update(target, *share(batch(rng, BATCH), comm))
+    rng = np.random.default_rng(seed)
+    for magnitude in magnitudes:
+        x, t = batch(rng, BATCH)
+        optimizer.update(target, *share((x, t * np.broadcast_to(magnitude, (BATCH,))[:, None]), comm))
+
+
+def no_norm(channels: int) -> chainer.Link:
+    return chainer.Sequential(F.identity)
+
+
+def training_of(comm: Any, precision: str, **settings: Any) -> dict[str, Any]:
+    """Some steps from weights that only rank 0 has; what became of the parameters, and of everything else."""
+    with dtype(precision):
+        target = training(precision, seed=comm.rank, **settings)
+        optimizer = prepared(target, comm)
+        steps(target, optimizer, comm, [1, 4, 0.5, 2])
+    return outcome(target, optimizer)
+
+
+def outcome(target: chainer.Link, optimizer: Any) -> dict[str, Any]:
+    policy = target.model.policy
+    scales = np.array([policy.entry.exponent, policy.entry.skipped, policy.iteration])
+    return {**masters(target), "scales": scales, "steps": np.array(optimizer.t)}
+
+
+def average(comm: Any, method: str, precision: str) -> dict[str, Any]:
+    return training_of(comm, precision, method=method, norm=no_norm, init_scale=4)
+
+
+def normalization(comm: Any, method: str, precision: str) -> dict[str, Any]:
+    """Batch normalization over all ranks, whose gradients differ in magnitude and so in exponents."""
+
+    def norm(channels: int) -> chainer.Link:
+        if comm.size == 1:
+            return L.BatchNormalization(channels)
+        import chainermn
+
+        return chainermn.links.MultiNodeBatchNormalization(channels, comm)
+
+    with dtype(precision):
+        target = training(precision, method=method, norm=norm)
+        optimizer = prepared(target, comm)
+        steps(
+            target,
+            optimizer,
+            comm,
+            [np.repeat([1.0, 2.0**-12], BATCH // 2), np.repeat([2.0**-12, 1.0], BATCH // 2)],
+        )
+    return outcome(target, optimizer)
+
+
+class Branches(chainer.Chain):
+    """A layer for everybody, and one for each rank that asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.common = L.Linear(6, 4)
+            self.first, self.second = L.Linear(4, 2), L.Linear(4, 2)
+
+    def forward(self, x: Any, names: Any) -> Any:
+        h = self.common(x)
+        return [getattr(self, name)(h) for name in names]
+
+
+def branches(comm: Any, zero_fill: bool) -> dict[str, Any]:
+    """Only the last rank's loss reaches the second layer, and 2**-20 times as strongly."""
+    with dtype("mixed16"):
+        np.random.seed(6)
+        model = AdaLossScaled(Branches(), "fixed")
+        x, _ = batch(np.random.default_rng(51), BATCH)
+        optimizer = optimizers.SGD(1.0)
+        if comm.size > 1:
+            import chainermn
+
+            optimizer = chainermn.create_multi_node_optimizer(optimizer, comm, zero_fill=zero_fill)
+        ada_loss_chainer.prepare(optimizer.setup(model))
+        for _ in range(1 + (comm.size > 1)):
+            model.cleargrads()
+            count = BATCH // 2
+            parts = [("first", 1.0, slice(0, count))] * (comm.rank == 0)
+            parts += [("second", 2.0**-20, slice(count, BATCH))] * (comm.rank == comm.size - 1)
+            for name, magnitude, part in parts:
+                (y,) = model(x[part], [name])
+                F.sum(magnitude * y).backward()
+            optimizer.update()
+    return {path: gradient * comm.size for path, gradient in model.true_gradients().items()}
+
+
+def overflow(comm: Any) -> dict[str, Any]:
+    """A sample that overflows, on the last rank."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("ada_loss").addHandler(handler)
+    with dtype("mixed16"):
+        target = training(norm=no_norm, init_scale=16, update_per_n_iteration=2)
+        optimizer = prepared(target, comm)
+        steps(target, optimizer, comm, [1, 1])
+        before = masters(target)
+        steps(target, optimizer, comm, [[1] * (BATCH - 1) + [np.inf]], seed=52)
+        unchanged = all(np.array_equal(before[path], array) for path, array in masters(target).items())
+        steps(target, optimizer, comm, [1, 1], seed=53)
+    logging.getLogger("ada_loss").removeHandler(handler)
+    return {**outcome(target, optimizer), "unchanged": np.array(unchanged), "logged": np.array(len(records))}
+
+
+def divergence(comm: Any) -> dict[str, Any]:
+    with dtype("mixed16"):
+        target = training(norm=no_norm)
+        optimizer = prepared(target, comm)
+        try:
+            steps(target, optimizer, comm, [np.nan] * 100)
+        except Diverged:
+            return outcome(target, optimizer)
+    return {}
+
+
+def start(comm: Any) -> dict[str, Any]:
+    """The first update, from different weights, masters and scales on every rank."""
+    with dtype("mixed16"):
+        target = training(norm=no_norm, seed=comm.rank)
+        optimizer = prepared(target, comm)
+        for parameter in target.params():
+            if parameter.dtype == np.float16:
+                parameter.master = parameter.array.astype(np.float32) * np.float32(1 + 2.0**-14)
+        for _ in range(1 + comm.rank):
+            target.model.policy.end_step(finite=False)
+        before = values(target)
+        optimizer.update(target, *share(batch(np.random.default_rng(54), BATCH), comm))
+    changed = [not np.array_equal(before[path], array) for path, array in values(target).items()]
+    return {**outcome(target, optimizer), "changed": np.array(any(changed))}
+
+
+def unprepared(comm: Any) -> dict[str, Any]:
+    """Updates by an optimizer that nobody prepared: the first one only spreads weights."""
+    import chainermn
+
+    with dtype("mixed16"):
+        target = training(norm=no_norm)
+        optimizer = chainermn.create_multi_node_optimizer(optimizers.SGD(0.1), comm).setup(target)
+        before, error = values(target), ""
+        try:
+            steps(target, optimizer, comm, [1])
+        except RuntimeError as raised:
+            error = str(raised)
+    changed = [not np.array_equal(before[path], array) for path, array in values(target).items()]
+    return {"error": np.array(error), "changed": np.array(any(changed))}
+
+
+def saved(*objects: Any) -> list[dict[str, Any]]:
+    snapshots = []
+    for each in objects:
+        serializer = DictionarySerializer()
+        serializer.save(each)
+        # The serializer keeps the arrays themselves.
+        snapshots.append({key: np.copy(value) for key, value in serializer.target.items()})
+    return snapshots
+
+
+def resumption(comm: Any, ranks: str) -> dict[str, Any]:
+    """Interrupted after two of four steps, and resumed on all ranks or on rank 0 alone."""
+
+    def begin() -> Any:
+        target = training("mixed16", norm=no_norm, method="auto", seed=comm.rank, update_per_n_iteration=3)
+        return target, prepared(target, comm, optimizers.SGD(0.05))
+
+    with dtype("mixed16"):
+        target, optimizer = begin()
+        steps(target, optimizer, comm, [1, np.inf])
+        snapshots = saved(target, optimizer)
+        steps(target, optimizer, comm, [2, 1], seed=55)
+        whole = outcome(target, optimizer)
+        target, optimizer = begin()
+        if ranks == "all" or comm.rank == 0:
+            # As Chainer's trainer does, the optimizer first.
+            NpzDeserializer(snapshots[1]).load(optimizer)
+            NpzDeserializer(snapshots[0]).load(target)
+        rng = np.random.default_rng(55)
+        if ranks != "all":
+            optimizer.update(target, *share(batch(np.random.default_rng(56), BATCH), comm))
+        for magnitude in [2, 1]:
+            optimizer.update(target, *share(batch(rng, BATCH, magnitude), comm))
+        resumed = outcome(target, optimizer)
+    if ranks != "all":
+        # Chainer spreads no state of optimizers.
+        del resumed["steps"], whole["steps"]
+    return {**resumed, **{f"whole {name}": array for name, array in whole.items()}}
+
+
+class Counting:
+    """An MPI communicator that counts how often integers are reduced."""
+
+    def __init__(self, mpi_comm: Any) -> None:
+        self._mpi_comm = mpi_comm
+        self.sizes: list[int] = []
+
+    def Allreduce(self, send: Any, receive: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(receive, np.ndarray) and receive.dtype.kind == "i":
+            self.sizes.append(receive.size)
+        return self._mpi_comm.Allreduce(send, receive, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mpi_comm, name)
+
+
+def communication(comm: Any) -> dict[str, Any]:
+    """How many integers are reduced in three steps."""
+    mpi_comm, comm.mpi_comm = comm.mpi_comm, Counting(comm.mpi_comm)
+    with dtype("mixed16"):
+        target = training(norm=no_norm)
+        steps(target, prepared(target, comm), comm, [1, 1, 1])
+    sizes, comm.mpi_comm = comm.mpi_comm.sizes, mpi_comm
+    return {"sizes": np.array(sizes), "parameters": np.array(len(list(target.params())))}
+
+
+def exponents(comm: Any) -> dict[str, Any]:
+    """What is lent of gradients that ranks see differently, if there were 64 ranks to add them up."""
+    from ada_loss.chainer.gradient import InFlight
+    from ada_loss.chainer.mn import lend_at_agreed_exponents
+    from ada_loss.chainer.parameters import adopt
+
+    held = {
+        "large": 2.0**14,
+        "tiny": 2.0**-20,
+        "different": 2.0 ** (-20 * comm.rank),
+        "zero here": float(comm.rank > 0) * 2.0**-18,
+        "missing here": None if comm.rank == 0 else 2.0**-18,
+        "zero": 0.0,
+        "missing": None,
+        "infinite": np.inf if comm.rank == 0 else 1.0,
+    }
+
+    class Many:
+        size, mpi_comm = 64, comm.mpi_comm
+
+    parameters = []
+    for value in held.values():
+        parameter = adopt(chainer.Parameter(np.zeros(3, np.float16)))
+        parameter.cleargrad()
+        if value is not None:
+            array, exponent = np.frexp(value)
+            parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
+        parameters.append(parameter)
+    agreed = lend_at_agreed_exponents(parameters, Many())
+    lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
+    return {
+        **{name: np.zeros(0) if array is None else array for name, array in lent.items()},
+        "agreed": np.array(agreed),
+    }
+
+
+METHODS_AND_PRECISIONS = [(method, precision) for precision in ("float32", "mixed16") for method in METHODS]
+
+CASES: dict[str, Any] = {
+    **{f"average {m} {p}": lambda comm, m=m, p=p: average(comm, m, p) for m, p in METHODS_AND_PRECISIONS},
+    **{
+        f"normalization {m} {p}": lambda comm, m=m, p=p: normalization(comm, m, p)
+        for m, p in METHODS_AND_PRECISIONS
+    },
+    **{f"branches {fill}": lambda comm, fill=fill: branches(comm, fill) for fill in (True, False)},
+    "overflow": overflow,
+    "divergence": divergence,
+}
+"""Cases that a single process runs as well."""
+
+SEVERAL: dict[str, Any] = {
+    "start": start,
+    "unprepared": unprepared,
+    "communication": communication,
+    "exponents": exponents,
+    **{
+        f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
+    },
+}
+"""Cases that only make sense on several ranks."""
+
+
+def main(folder: str) -> None:
+    import chainermn
+
+    comm = chainermn.create_communicator("naive")
+    for name, case in {**CASES, **SEVERAL}.items():
+        with np.errstate(all="ignore"):
+            np.savez(Path(folder, f"{name}.{comm.rank}.npz"), **case(comm))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
