@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import chainer
 import numpy as np
 import torch
 from chainer.backends import cuda
@@ -131,7 +132,12 @@ def _on_stream() -> AbstractContextManager[None]:
 
 def _on_gpu(function: Any, *arrays: Any) -> Any:
     """A function of tensors on CuPy arrays, in full float32 precision where they are float32."""
-    flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    flags = torch.backends.cudnn.flags(
+        enabled=True,
+        benchmark=chainer.config.autotune,
+        deterministic=chainer.config.cudnn_deterministic,
+        allow_tf32=False,
+    )
     with torch.cuda.device(arrays[0].device.id), _on_stream(), flags:
         tensors = (torch.from_dlpack(cuda.cupy.ascontiguousarray(array)) for array in arrays)
         return cuda.cupy.from_dlpack(function(*tensors).contiguous())

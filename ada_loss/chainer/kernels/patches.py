@@ -102,6 +102,8 @@ class Patches:
         (kh, kw), (sy, sx), (ph, pw) = geometry.kernel, geometry.stride, geometry.pad
         (dy, dx), (reach_y, reach_x) = geometry.dilation, geometry.reach
 
+        # Every image lies in a slot of the plane. Dense positions are all of a slot, so that a tap's row of
+        # the matrix is one piece of memory; the last slot's taps hang over its end.
         dense = geometry.is_dense
         rows, pitch = slot = (height + ph, width + pw) if dense else geometry.extent(out_size)
         self._grid = slot if dense else out_size

@@ -53,6 +53,7 @@ def relu_under(provider, x):
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_gradient_that_is_not_finite_does_not_vanish_in_relu(bad):
     x, gy = np.float16([-1, 1, -1, 1]), np.float16([bad, bad, 2, 3])
     expected, (expected_gx,) = run(F.relu, [x], gy, "chainer")
