@@ -162,25 +162,29 @@ def _gradients(
         return _forgotten(function, targets, gys, exponent, tag)
     if tag is not None:
         gys, exponent = _agreed_over_processes(function, gys, exponent)
-    if tag is None or tag.point is None or gys[0] is None:
-        gxs = backward_arrays(function, targets, gys)
-        found = {index: (gx, exponent) for index, gx in zip(targets, gxs, strict=True)}
-    elif enters_float16(function):
-        shift = tag.scope.choose_for_cast(tag.point, gys[0], exponent)
-        found = {0: (shifted(gys[0], shift, np.float16), exponent + shift)}
-    else:
-        products = [product for product in products_of(function) if product.data in targets]
-        plain = tuple(sorted(set(targets) - {product.data for product in products}))
-        found = {
-            index: (gx, exponent)
-            for index, gx in zip(plain, backward_arrays(function, plain, gys), strict=True)
-        }
-        for product in products:
-            shift = tag.scope.choose_for_product(tag.point, function, product, gys[0], exponent)
-            found[product.data] = (input_gradient(function, product, gys, shift), exponent + shift)
-    return [
-        (function.inputs[index], InFlight(*found[index])) for index in targets if found[index][0] is not None
-    ]
+    found: dict[int, tuple[Any, int]] = {}
+    if tag is not None and tag.point is not None and gys[0] is not None:
+        found = _decided(function, targets, gys[0], exponent, tag)
+    plain = tuple(index for index in targets if index not in found)
+    gxs = backward_arrays(function, plain, gys)
+    found.update((index, (gx, exponent)) for index, gx in zip(plain, gxs, strict=True))
+    present = [index for index in targets if found[index][0] is not None]
+    return [(function.inputs[index], InFlight(*found[index])) for index in present]
+
+
+def _decided(
+    function: Any, targets: tuple[int, ...], gy: Any, exponent: int, tag: Tag
+) -> dict[int, tuple[Any, int]]:
+    """The gradients of those inputs for which a decision point chooses a shift, and their exponents."""
+    if enters_float16(function):
+        shift = tag.scope.choose_for_cast(tag.point, gy, exponent)
+        return {0: (shifted(gy, shift, np.float16), exponent + shift)}
+    found = {}
+    for product in products_of(function):
+        if product.data in targets:
+            shift = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
+            found[product.data] = (input_gradient(function, product, gy, shift), exponent + shift)
+    return found
 
 
 def _forgotten(

@@ -22,9 +22,11 @@ from chainer.functions.connection.convolution_nd import ConvolutionND
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.linear import LinearFunction
+from chainer.functions.connection.local_convolution_2d import LocalConvolution2DFunction
 from chainer.functions.math.einsum import EinSum, _enumerate_axes
 from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
+from chainer.functions.noise.simplified_dropconnect import SimplifiedDropconnect
 
 from ada_loss.chainer.gradient import shifted
 from ada_loss.statistics import module_of
@@ -51,6 +53,11 @@ def _convolution_fan(function: Any, gy: Any) -> int:
 
 def _deconvolution_fan(function: Any, gy: Any) -> int:
     return math.prod(function.inputs[1].shape[1:])
+
+
+def _local_convolution_fan(function: Any, gy: Any) -> int:
+    out_channels, _, _, _, height, width = function.inputs[1].shape
+    return out_channels * -(-height // function.sy) * -(-width // function.sx)
 
 
 def _linear_fan(function: Any, gy: Any) -> int:
@@ -91,8 +98,10 @@ def _both_operands(terms: Callable[[Any, Any], int]) -> tuple[Product, Product]:
 
 PRODUCTS: dict[type, tuple[Product, ...]] = {
     LinearFunction: (Product(0, 1, _linear_fan),),
+    SimplifiedDropconnect: (Product(0, 1, _linear_fan),),
     Convolution2DFunction: (Product(0, 1, _convolution_fan),),
     ConvolutionND: (Product(0, 1, _convolution_fan),),
+    LocalConvolution2DFunction: (Product(0, 1, _local_convolution_fan),),
     Deconvolution2DFunction: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
     DeconvolutionND: (Product(0, 1, _deconvolution_fan, channel_axis=1),),
     MatMul: _both_operands(_matmul_terms),
@@ -131,21 +140,18 @@ def enters_float16(function: chainer.FunctionNode) -> bool:
     )
 
 
-def input_gradient(function: Any, product: Product, gys: tuple[Any, ...], shift: int) -> Any:
-    """The gradient of input `product.data` times 2**shift, in that input's dtype.
-
-    gys: output gradients as arrays, None where there is none.
-    """
+def input_gradient(function: Any, product: Product, gy: Any, shift: int) -> Any:
+    """The gradient of input `product.data` times 2**shift, in that input's dtype, from gy, an array."""
     if shift == 0:
-        return backward_arrays(function, (product.data,), gys)[0]
+        return backward_arrays(function, (product.data,), (gy,))[0]
     retained = function.get_retained_inputs()
     place = _place(function, product)
-    weight, gy = _scaled_operands(retained[place].array, gys[0], shift)
+    weight, gy = _scaled_operands(retained[place].array, gy, shift)
     replaced = (*retained[:place], chainer.Variable(weight, requires_grad=False), *retained[place + 1 :])
     # Chainer's backward reads its weight through this method and nowhere else.
     function.get_retained_inputs = lambda: replaced
     try:
-        (gx,) = backward_arrays(function, (product.data,), (gy, *gys[1:]))
+        (gx,) = backward_arrays(function, (product.data,), (gy,))
     finally:
         del function.get_retained_inputs
     return gx.astype(function.inputs[product.data].dtype, copy=False)

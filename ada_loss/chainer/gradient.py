@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ada_loss.statistics import largest_magnitude
+from ada_loss.statistics import largest_magnitude, module_of
 
 _FLOAT32_EXPONENTS = 100
 """Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""
@@ -34,7 +34,8 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
         wide = wide * wide.dtype.type(2.0**step)
         shift -= step
-    return wide.astype(dtype, copy=False)
+    # NumPy makes a scalar of an array without axes.
+    return module_of(array).asarray(wide, dtype)
 
 
 def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
@@ -59,7 +60,7 @@ def add(gradients: Sequence[InFlight]) -> InFlight:
     total = arrays[0].astype(np.promote_types(dtype, np.float32), copy=False)
     for array in arrays[1:]:
         total = total + array
-    return InFlight(total.astype(dtype, copy=False), exponent)
+    return InFlight(module_of(arrays[0]).asarray(total, dtype), exponent)
 
 
 def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:

@@ -80,5 +80,15 @@ def test_the_sum_of_random_gradients_is_as_good_as_float16_allows(rng):
     total = add(flying)
     expected = np.sum(gradients, axis=0)
     np.testing.assert_allclose(
-        np.ldexp(total.array.astype(np.float64), -total.exponent), expected, atol=2e-3 * np.abs(expected).max()
+        np.ldexp(total.array.astype(np.float64), -total.exponent),
+        expected,
+        atol=2e-3 * np.abs(expected).max(),
     )
+
+
+def test_an_array_without_axes_stays_an_array():
+    array = np.asarray(3.0, np.float32)
+    assert isinstance(shifted(array, 2), np.ndarray)
+    total = add([InFlight(array, 0), InFlight(array, 1)])
+    assert isinstance(total.array, np.ndarray)
+    assert total.array * 2.0**-total.exponent == 4.5

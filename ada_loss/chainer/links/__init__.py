@@ -42,6 +42,14 @@ class AdaLossDepthwiseConvolution2D(ScaledLayer, L.DepthwiseConvolution2D):
     """`chainer.links.DepthwiseConvolution2D` as a decision point."""
 
 
+class AdaLossLocalConvolution2D(ScaledLayer, L.LocalConvolution2D):
+    """`chainer.links.LocalConvolution2D` as a decision point."""
+
+
+class AdaLossSimplifiedDropconnect(ScaledLayer, L.SimplifiedDropconnect):
+    """`chainer.links.SimplifiedDropconnect` as a decision point."""
+
+
 class AdaLossDeconvolution1D(ScaledLayer, L.Deconvolution1D):
     """`chainer.links.Deconvolution1D` as a decision point."""
 

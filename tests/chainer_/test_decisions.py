@@ -1,0 +1,132 @@
+"""Decision points: which functions they are, how many products they sum, how shifts enter their backward."""
+
+import chainer
+import chainer.functions as F
+import numpy as np
+import pytest
+from chainer.functions.connection.linear import LinearFunction
+
+from ada_loss.chainer.decisions import input_gradient, is_decision, products_of
+
+PRODUCTS = {
+    "linear": (F.linear, [(3, 6), (4, 6)]),
+    "convolution 1d": (F.convolution_1d, [(2, 3, 9), (5, 3, 3)]),
+    "convolution 2d": (F.convolution_2d, [(2, 3, 9, 8), (5, 3, 3, 2)]),
+    "dilated convolution": (lambda x, W: F.convolution_2d(x, W, dilate=2), [(1, 3, 12, 12), (5, 3, 3, 3)]),
+    "grouped convolution": (lambda x, W: F.convolution_2d(x, W, groups=2), [(2, 4, 9, 9), (6, 2, 3, 3)]),
+    "depthwise convolution": (F.depthwise_convolution_2d, [(2, 3, 9, 9), (2, 3, 3, 3)]),
+    "local convolution": (F.local_convolution_2d, [(2, 3, 9, 9), (4, 7, 7, 3, 3, 3)]),
+    "strided local convolution": (
+        lambda x, W: F.local_convolution_2d(x, W, stride=2),
+        [(2, 3, 9, 9), (4, 4, 4, 3, 3, 3)],
+    ),
+    "convolution 3d": (F.convolution_3d, [(1, 2, 5, 5, 5), (3, 2, 2, 2, 2)]),
+    "deconvolution 1d": (F.deconvolution_1d, [(2, 3, 5), (3, 4, 3)]),
+    "deconvolution 2d": (F.deconvolution_2d, [(2, 3, 5, 5), (3, 4, 3, 2)]),
+    "strided deconvolution": (lambda x, W: F.deconvolution_2d(x, W, stride=2), [(2, 3, 5, 5), (3, 4, 3, 3)]),
+    "grouped deconvolution": (lambda x, W: F.deconvolution_2d(x, W, groups=2), [(2, 4, 5, 5), (4, 3, 3, 3)]),
+    "deconvolution 3d": (F.deconvolution_3d, [(1, 2, 3, 3, 3), (2, 3, 2, 2, 2)]),
+    "dot product": (F.matmul, [(5,), (5,)]),
+    "matrix times vector": (F.matmul, [(3, 5), (5,)]),
+    "vector times matrix": (F.matmul, [(5,), (5, 4)]),
+    "vector times matrices": (F.matmul, [(5,), (2, 5, 4)]),
+    "matrix product": (F.matmul, [(3, 5), (5, 4)]),
+    "transposed product": (lambda a, b: F.matmul(a, b, transa=True, transb=True), [(5, 3), (4, 5)]),
+    "stacked products": (F.matmul, [(2, 3, 5), (2, 5, 4)]),
+    "broadcast products": (F.matmul, [(3, 5), (2, 5, 4)]),
+    "batch matmul": (F.batch_matmul, [(2, 3, 5), (2, 5, 4)]),
+    "batch matmul of vectors": (lambda a, b: F.batch_matmul(a, b, transa=True), [(2, 5), (2, 5)]),
+    "tensordot": (F.tensordot, [(3, 4, 5), (4, 5, 6)]),
+    "tensordot over axes": (lambda a, b: F.tensordot(a, b, axes=((0, 2), (1, 0))), [(3, 4, 5), (5, 3, 6)]),
+    "einsum": (lambda a, b: F.einsum("ijk,kl->lij", a, b), [(2, 3, 4), (4, 5)]),
+    "einsum with dots": (lambda a, b: F.einsum("...ij,...jk->...ik", a, b), [(2, 6, 3, 4), (2, 6, 4, 5)]),
+    "einsum that sums": (lambda a, b: F.einsum("ij,jk->", a, b), [(2, 3), (3, 4)]),
+    "dropconnect": (lambda x, W: F.simplified_dropconnect(x, W, ratio=0.0), [(3, 6), (4, 6)]),
+}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+def applied(name, arrays):
+    """The function node that a name stands for, applied to arrays, and what it returned."""
+    y = PRODUCTS[name][0](*map(chainer.Variable, arrays))
+    return y.creator_node, y
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_fan_is_the_largest_number_of_products_in_one_sum(name):
+    # With ones for gy and weights, each element of the gradient counts the products that it is the sum of.
+    node, y = applied(name, [np.ones(shape, np.float32) for shape in PRODUCTS[name][1]])
+    gy = np.ones_like(y.array)
+    for product in products_of(node):
+        counts = input_gradient(node, product, gy, 0)
+        assert product.fan(node, gy) == counts.max()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_shift_multiplies_the_input_gradient_and_changes_nothing_else(name, rng):
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in PRODUCTS[name][1]]
+    before = [array.copy() for array in arrays]
+    node, y = applied(name, arrays)
+    gy = np.asarray(rng.standard_normal(y.shape), np.float32)
+    for product in products_of(node):
+        plain = input_gradient(node, product, gy, 0)
+        for shift in (-9, 4, 17):
+            np.testing.assert_array_equal(input_gradient(node, product, gy, shift), np.ldexp(plain, shift))
+        np.testing.assert_array_equal(input_gradient(node, product, gy, 0), plain)
+    for array, old in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(array, old)
+
+
+FLOAT32_ONLY = {"batch matmul", "batch matmul of vectors"}
+
+
+@pytest.mark.parametrize("name", PRODUCTS.keys() - FLOAT32_ONLY)
+def test_a_shift_saves_from_float16_what_would_underflow(name, rng):
+    arrays = [rng.standard_normal(shape).astype(np.float16) for shape in PRODUCTS[name][1]]
+    node, y = applied(name, arrays)
+    gy = np.asarray(2.0**-24 * rng.integers(-3, 4, y.shape), np.float16)
+    exact, wide = applied(name, [array.astype(np.float64) for array in arrays])
+    for product in products_of(node):
+        assert wide.dtype == np.float64
+        wanted = np.ldexp(input_gradient(exact, product, np.asarray(gy, np.float64), 0), 20)
+        found = input_gradient(node, product, gy, 20)
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, wanted, atol=2**-10 * np.abs(wanted).max())
+
+
+def test_a_cast_that_leaves_float16_is_a_decision_and_no_other():
+    def decides(source, target):
+        y = F.cast(chainer.Variable(np.ones(3, source)), target)
+        return is_decision(y.creator_node)
+
+    assert decides(np.float16, np.float32)
+    assert decides(np.float16, "float64")
+    assert not decides(np.float32, np.float16)
+    assert not decides(np.float32, np.float64)
+    assert not decides(np.float16, "float16")
+    assert not decides(np.int32, np.float16)
+
+
+@pytest.mark.parametrize("subscripts", ["ij->ji", "ii->i", "ij,jk,kl->il"])
+def test_an_einsum_of_other_than_two_operands_is_no_decision(subscripts, rng):
+    y = F.einsum(subscripts, *[rng.standard_normal((3, 3)) for _ in subscripts.split(",")])
+    assert not is_decision(y.creator_node)
+
+
+@pytest.mark.parametrize("function", [F.relu, F.sum, lambda x: F.max_pooling_2d(x, 2), lambda x: x * x])
+def test_everything_else_is_none(function):
+    assert not is_decision(function(chainer.Variable(np.ones((2, 3, 4, 4), np.float32))).creator_node)
+
+
+def test_subclasses_of_a_decision_point_are_decision_points():
+    class Own(LinearFunction):
+        pass
+
+    (y,) = Own().apply((np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)))
+    assert products_of(y.creator_node) == products_of(
+        F.linear(*y.creator_node.get_retained_inputs()).creator_node
+    )
