@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ada_loss.statistics import CHUNK, NOTHING, ONE, extremes_by_row, merge, summarize
+from ada_loss.statistics import CHUNK, NOTHING, ONE, _summarize_on_device, extremes_by_row, merge, summarize
 
 DTYPES = ["float16", "float32", "float64"]
 
@@ -76,6 +76,24 @@ def test_empty_arrays_have_nothing_to_say():
     for dtype in DTYPES:
         assert summarize(np.zeros((3, 0, 2), dtype), logs=True) == NOTHING
     assert NOTHING.mean_square == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_way_for_devices_finds_the_same(dtype):
+    # It is written for any array module, so NumPy can stand in for CuPy.
+    bad = spread(100, dtype, seed=9)
+    bad[7] = np.nan
+    for x in (spread(5000, dtype, seed=8).reshape(50, 100), np.zeros((3, 4), dtype), bad):
+        for logs in (False, True):
+            found, expected = _summarize_on_device(x, logs), summarize(x, logs=logs)
+            assert (found.count, found.nonzero, found.finite) == (
+                expected.count,
+                expected.nonzero,
+                expected.finite,
+            )
+            assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
+            assert found.sum_squares == pytest.approx(expected.sum_squares, rel=1e-5)
+            assert found.log_moments == pytest.approx(expected.log_moments, rel=1e-6)
 
 
 def test_one_is_the_summary_of_a_one():
