@@ -108,6 +108,20 @@ def normalization(comm: Any, method: str, precision: str) -> dict[str, Any]:
     return outcome(target, optimizer)
 
 
+def sharing(comm: Any) -> dict[str, Any]:
+    """A layer that is registered twice."""
+    with dtype("mixed16"):
+        np.random.seed(7)
+        layer = L.Linear(6, 6)
+        model = AdaLossScaled(chainer.Sequential(layer, F.relu, layer))
+        optimizer = prepared(model, comm)
+        for _ in range(1 + (comm.size > 1)):
+            start, rng = masters(model), np.random.default_rng(57)
+            (x,) = share(batch(rng, BATCH)[:1], comm)
+            optimizer.update(lambda x: F.mean(model(x) ** 2), x)
+    return {path: array - start[path] for path, array in masters(model).items()}
+
+
 class Branches(chainer.Chain):
     """A layer for everybody, and one for each rank that asks for it."""
 
@@ -309,6 +323,27 @@ def exponents(comm: Any) -> dict[str, Any]:
     }
 
 
+def statistics(comm: Any) -> dict[str, Any]:
+    """Gradients brought to one exponent, as before ranks average statistics of them."""
+    from ada_loss.chainer.gradient import InFlight
+    from ada_loss.chainer.mn import at_agreed_exponent
+
+    last = comm.rank == comm.size - 1
+    held = {
+        "equal": InFlight(np.float16([1, 2]), 7),
+        "different": InFlight(np.float16([1, 2]), 3 * comm.rank),
+        "zero here": InFlight(np.float16([0, 0] if comm.rank == 0 else [1, 2]), 5 if comm.rank == 0 else -5),
+        "zero": InFlight(np.float16([0, 0]), comm.rank),
+        "no room": InFlight(np.float16([6e4, 1] if comm.rank == 0 else [1, 2]), 8 * comm.rank),
+        "infinite": InFlight(np.float16([np.inf if last else 1, 2]), comm.rank),
+    }
+    agreed = {name: at_agreed_exponent(gradient, comm) for name, gradient in held.items()}
+    return {
+        **{name: gradient.array for name, gradient in agreed.items()},
+        **{f"{name} exponent": np.array(gradient.exponent) for name, gradient in agreed.items()},
+    }
+
+
 METHODS_AND_PRECISIONS = [(method, precision) for precision in ("float32", "mixed16") for method in METHODS]
 
 CASES: dict[str, Any] = {
@@ -318,6 +353,7 @@ CASES: dict[str, Any] = {
         for m, p in METHODS_AND_PRECISIONS
     },
     **{f"branches {fill}": lambda comm, fill=fill: branches(comm, fill) for fill in (True, False)},
+    "sharing": sharing,
     "overflow": overflow,
     "divergence": divergence,
 }
@@ -328,6 +364,7 @@ SEVERAL: dict[str, Any] = {
     "unprepared": unprepared,
     "communication": communication,
     "exponents": exponents,
+    "statistics": statistics,
     **{
         f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
     },

@@ -18,6 +18,7 @@ import chainer
 import numpy as np
 from chainer.variable import _allow_array_access_with_nonstandard_layout
 
+from ada_loss.casting import cast
 from ada_loss.chainer import passes
 from ada_loss.chainer.gradient import InFlight, add, shifted
 
@@ -135,10 +136,6 @@ class ScaledParameter(chainer.Parameter):
         if self.master is not None:
             self.master = self.device.send(self.master)
 
-    def update(self) -> None:
-        self._refuse_unprepared()
-        super().update()
-
     @property
     def grad_var(self) -> chainer.Variable | None:
         if passes.running():
@@ -160,9 +157,9 @@ class ScaledParameter(chainer.Parameter):
         pass
 
     def _get_grad(self) -> Any:
-        if _allow_array_access_with_nonstandard_layout():
-            # Only optimizers look at gradients this way, before they do anything else.
-            self._refuse_unprepared()
+        if self._scoped and not self._plain and _allow_array_access_with_nonstandard_layout():
+            # Only optimizers and update rules look at gradients this way, before they do anything else.
+            raise RuntimeError(UNPREPARED.format(name=self.name))
         self._settle()
         return super()._get_grad()
 
@@ -205,10 +202,6 @@ class ScaledParameter(chainer.Parameter):
 
     def _forget_scopes(self) -> None:
         self._in_flight, self._scoped = _NOTHING, False
-
-    def _refuse_unprepared(self) -> None:
-        if self._scoped and not self._plain:
-            raise RuntimeError(UNPREPARED.format(name=self.name))
 
     def __copy__(self) -> ScaledParameter:
         return self._copy_to(type(self)())
@@ -273,7 +266,7 @@ def _conceal(
 ) -> None:
     if half.dtype == np.float16:
         parameter.master = parameter.array
-        half[...] = parameter.master.astype(np.float16)
+        half[...] = cast(parameter.master, np.float16)
         parameter.array = half
     parameter._set_grad_without_check(settled)
     parameter._in_flight, parameter._plain = in_flight, False
@@ -283,16 +276,18 @@ def _reconciled(master: Any, half: Any) -> Any:
     """The master, except where the parameter was changed behind it (a file loaded, weights copied or
     clipped)."""
     if master is None or master.shape != half.shape:
-        return half.astype(np.float32)
+        return cast(half, np.float32)
     xp = chainer.backend.get_array_module(half)
-    return xp.where(master.astype(np.float16) == half, master, half.astype(np.float32))
+    return xp.where(cast(master, np.float16) == half, master, cast(half, np.float32))
 
 
 def _true(gradient: InFlight, factor: float) -> Any:
     """The true gradient as a new array of at least float32."""
-    wide = gradient.array.astype(np.promote_types(gradient.array.dtype, np.float32))
-    unscaled = shifted(wide, -gradient.exponent)
-    return unscaled if factor == 1 else unscaled / unscaled.dtype.type(factor)
+    array = gradient.array
+    true = shifted(array, -gradient.exponent, np.promote_types(array.dtype, np.float32))
+    if factor != 1:
+        return true / true.dtype.type(factor)
+    return true.copy() if true is array else true
 
 
 def _recover(plain: tuple[Any, ...], master: Any, scoped: bool) -> ScaledParameter:

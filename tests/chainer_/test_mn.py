@@ -124,6 +124,11 @@ class TestRanksTrainAsOne:
             np.testing.assert_allclose(actual[path], expected[path], rtol=2e-3, err_msg=path)
         assert 0 < np.abs(actual["/second/W"]).max() < 2.0**-14
 
+    def test_with_a_layer_that_is_registered_twice(self, ranks, alone):
+        actual, expected = ranks.the_same("sharing"), alone("sharing")
+        for path, moved in expected.items():
+            np.testing.assert_allclose(actual[path], moved, rtol=5e-3, atol=1e-5, err_msg=path)
+
     def test_an_overflow_on_one_rank_skips_the_step_on_all(self, ranks, alone):
         results = ranks["overflow"]
         assert [bool(result.pop("unchanged")) for result in results] == [True] * ranks.size
@@ -167,6 +172,34 @@ class TestAgreement:
     def test_keeps_an_overflow_visible(self, ranks):
         first, *_ = ranks["exponents"]
         assert np.isinf(first["infinite"]).all()
+
+
+class TestStatisticsOverRanks:
+    """What batch normalization averages: gradients at one exponent, no lower than it has to be."""
+
+    def test_have_one_exponent(self, ranks):
+        first, *others = ranks["statistics"]
+        for name in [name for name in first if name.endswith(" exponent")]:
+            assert all(other[name] == first[name] for other in others), name
+
+    def test_take_the_largest_exponent_that_a_rank_brings(self, ranks):
+        for rank, result in enumerate(ranks["statistics"]):
+            assert (result["equal exponent"], result["equal"].tolist()) == (7, [1, 2])
+            assert result["different exponent"] == 3 * (ranks.size - 1)
+            assert result["different"][0] == 2.0 ** (3 * (ranks.size - 1 - rank))
+
+    def test_take_a_lower_one_where_a_rank_has_no_room(self, ranks):
+        for rank, result in enumerate(ranks["statistics"]):
+            assert result["no room exponent"] == 0
+            assert result["no room"][0] == (6e4 if rank == 0 else 2.0 ** (-8 * rank))
+
+    def test_do_not_ask_ranks_with_nothing_but_zeros(self, ranks):
+        for result in ranks["statistics"]:
+            assert result["zero here exponent"] == -5 and result["zero exponent"] == 0
+
+    def test_show_an_overflow(self, ranks):
+        *_, last = ranks["statistics"]
+        assert np.isinf(last["infinite"][0])
 
 
 class TestStart:

@@ -299,6 +299,20 @@ class TestWhichParametersAreUpdated:
             reference.update(lambda: F.sum(plain(x) ** 2))
         assert_same_bits(values(target), values(plain))
 
+    def test_a_float16_link_registered_twice_keeps_one_master(self, rng):
+        with dtype("mixed16"):
+            layer = L.Linear(SIZE, SIZE)
+            target = AdaLossScaled(chainer.Sequential(layer, F.relu, layer))
+            optimizer = prepared(target, None, hooks.WeightDecay(0.1))
+            x, _ = batch(rng)
+            target.cleargrads()
+            F.sum(target(x)).backward(loss_scale=4)
+            gradients = target.true_gradients()
+            optimizer.update()
+        assert layer.W.array.dtype == np.float16 and layer.W.master.dtype == np.float32
+        np.testing.assert_array_equal(layer.W.array, layer.W.master.astype(np.float16))
+        assert_same_bits(target.true_gradients(), gradients)
+
     def test_gradients_are_the_true_ones_again_after_the_update(self, rng):
         with dtype("mixed16"):
             target = training()

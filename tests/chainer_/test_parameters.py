@@ -26,21 +26,9 @@ def x(rng):
     return rng.standard_normal((4, SIZE)).astype(np.float32)
 
 
-class Straight(chainer.Chain):
-    """A model that uses every parameter once, so that sums over passes have one order only."""
-
-    def __init__(self):
-        super().__init__()
-        with self.init_scope():
-            self.first, self.last = L.Linear(SIZE, 8), L.Linear(None, 3)
-
-    def forward(self, x):
-        return self.last(F.tanh(self.first(x)))
-
-
-def pair(make=Straight):
+def pair():
     """The same model in float32, wrapped and plain."""
-    model = AdaLossScaled(make(), init_scale=32)
+    model = AdaLossScaled(Net(None), init_scale=32)
     model(np.zeros((2, SIZE), np.float32))
     plain = copy.deepcopy(model.link)
     for parameter in plain.params():
@@ -52,12 +40,6 @@ def pair(make=Straight):
 
 def gradients(plain):
     return {path: None if p.grad is None else p.grad.copy() for path, p in plain.namedparams()}
-
-
-def assert_close(actual, expected):
-    """Equal but for the order of addition in float32."""
-    for path, gradient in expected.items():
-        np.testing.assert_allclose(actual[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def parameter(dtype="float16", shape=(3,)):
@@ -74,13 +56,6 @@ class TestAccumulation:
             F.sum(F.sin(factor * model(x))).backward(loss_scale=scale)
             F.sum(F.sin(factor * plain(x))).backward()
         assert_same_bits(model.true_gradients(), gradients(plain))
-
-    def test_of_a_layer_that_is_used_twice_is_equal_but_for_the_order_of_addition(self, x):
-        model, plain = pair(Net)
-        for factor in (1, 2, 3):
-            F.sum(F.sin(factor * model(x))).backward()
-            F.sum(F.sin(factor * plain(x))).backward()
-        assert_close(model.true_gradients(), gradients(plain))
 
     def test_a_loss_scale_that_is_no_power_of_two_is_divided_out_in_float32(self):
         held = parameter()
@@ -129,7 +104,7 @@ class TestParametersUsedOutsideTheScope:
             loss = F.sum(F.sin(model(x))) + F.sum(model.first.W**2)
             loss.backward(loss_scale=scale)
             (F.sum(F.sin(plain(x))) + F.sum(plain.first.W**2)).backward()
-        assert_close(model.true_gradients(), gradients(plain))
+        assert_same_bits(model.true_gradients(), gradients(plain))
 
     @pytest.mark.parametrize("scales", [(8.0, 8.0), (8.0, 2.0**-3), (None, 32.0)])
     def test_get_true_gradients_over_passes_outside_only(self, scales):
@@ -173,6 +148,13 @@ class TestParametersUsedOutsideTheScope:
 
 
 class TestReadingAndWriting:
+    def test_an_update_of_a_single_parameter_by_its_rule_is_refused_too(self, x):
+        model, _ = pair()
+        chainer.optimizers.SGD().setup(model)
+        F.sum(model(x)).backward()
+        with pytest.raises(RuntimeError, match="prepare"):
+            model.first.W.update()
+
     def test_grad_reads_as_the_true_gradient_in_float32(self, rng):
         with dtype("mixed16"):
             target = training()
