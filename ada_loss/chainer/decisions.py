@@ -28,6 +28,7 @@ from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
 from chainer.functions.noise.simplified_dropconnect import SimplifiedDropconnect
 
+from ada_loss.casting import cast
 from ada_loss.chainer.gradient import shifted
 from ada_loss.statistics import module_of
 
@@ -154,7 +155,7 @@ def input_gradient(function: Any, product: Product, gy: Any, shift: int) -> Any:
         (gx,) = backward_arrays(function, (product.data,), (gy,))
     finally:
         del function.get_retained_inputs
-    return gx.astype(function.inputs[product.data].dtype, copy=False)
+    return cast(gx, function.inputs[product.data].dtype)
 
 
 def weight_of(function: Any, product: Product) -> Any:

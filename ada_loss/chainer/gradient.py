@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ada_loss.casting import cast
 from ada_loss.statistics import largest_magnitude, module_of
 
 _FLOAT32_EXPONENTS = 100
@@ -28,14 +29,14 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
     """
     dtype = np.dtype(dtype or array.dtype)
     if shift == 0:
-        return array.astype(dtype, copy=False)
-    wide = array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+        return cast(array, dtype)
+    wide = cast(array, np.promote_types(array.dtype, np.float32))
     while shift:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
         wide = wide * wide.dtype.type(2.0**step)
         shift -= step
     # NumPy makes a scalar of an array without axes.
-    return module_of(array).asarray(wide, dtype)
+    return cast(module_of(array).asarray(wide), dtype)
 
 
 def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
@@ -57,10 +58,10 @@ def add(gradients: Sequence[InFlight]) -> InFlight:
         return gradients[0]
     arrays, exponent = align(gradients)
     dtype = arrays[0].dtype
-    total = arrays[0].astype(np.promote_types(dtype, np.float32), copy=False)
-    for array in arrays[1:]:
+    total, *rest = (cast(array, np.promote_types(dtype, np.float32)) for array in arrays)
+    for array in rest:
         total = total + array
-    return InFlight(module_of(arrays[0]).asarray(total, dtype), exponent)
+    return InFlight(cast(module_of(arrays[0]).asarray(total), dtype), exponent)
 
 
 def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:
