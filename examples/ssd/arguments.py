@@ -14,10 +14,10 @@ from ada_loss.chainer.kernels import PROVIDERS
 from ada_loss.config import METHODS, AdaLossConfig
 from datasets import DATASETS
 from detector import DECODERS
-from errors import BAD_INPUT, InputError
+from errors import BAD_INPUT, SharedInputError, launched_rank
 from loss import LOSS_NORMS
 from models import INITIALIZERS, MODELS
-from ranks import COMMUNICATORS, launched_rank
+from ranks import COMMUNICATORS
 
 DTYPES = ("float32", "mixed16", "float16")
 DEVICES = ("auto", "cpu", "gpu")
@@ -165,7 +165,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     settings = Settings(**values)
     _check_scaling(settings)
     if settings.pretrained == "imagenet" and not MODELS[settings.model].on_vgg:
-        raise InputError(
+        raise SharedInputError(
             f"There are no ImageNet weights for --model {settings.model}: use --pretrained none."
         )
     return settings
@@ -272,7 +272,7 @@ def _check_scaling(settings: Settings) -> None:
         message = str(error)
         for name in sorted(SCALING_FIELDS, key=len, reverse=True):
             message = message.replace(name, "--" + name.replace("_", "-"))
-        raise InputError(message) from None
+        raise SharedInputError(message) from None
 
 
 def _checked(

@@ -23,6 +23,7 @@ from errors import InputError
 
 DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 YEAR = "VOC2007"
+SPLITS = ("trainval", "test")
 TRAIN_PARTS = ((YEAR, "trainval"),)
 TEST_PARTS = ((YEAR, "test"),)
 DEFAULT_FOLDER = Path(__file__).resolve().parent / "data" / "digits"
@@ -73,14 +74,14 @@ class Placed(NamedTuple):
 
 
 def find_digits(folder: Path | None, settings: DigitsSettings = DigitsSettings()) -> Path:
-    """The set's folder: the one given or DEFAULT_FOLDER; the set is made if it is not there.
+    """The set's folder: the one given or DEFAULT_FOLDER; a set of these settings is made if there is none.
 
-    Raises InputError if the folder holds something else, a set with other settings or a damaged one.
+    Raises InputError if the folder holds something else, a damaged set, or one of another version.
     """
     folder = folder or DEFAULT_FOLDER
     if not folder.exists():
         make_digits(folder, settings)
-    _check_manifest(folder, settings)
+    _check_complete(folder)
     return folder
 
 
@@ -158,7 +159,7 @@ def _write_set(folder: Path, sources: Sources, settings: DigitsSettings) -> None
     pools = split_digits(len(sources.labels), settings.seed)
     counts = (settings.train_images, settings.test_images)
     first = 1
-    for part, (split, pool, count) in enumerate(zip(("trainval", "test"), pools, counts, strict=True)):
+    for part, (split, pool, count) in enumerate(zip(SPLITS, pools, counts, strict=True)):
         ids = [f"{number:06d}" for number in range(first, first + count)]
         for i, id_ in enumerate(ids):
             image, placed = draw_image(
@@ -166,7 +167,7 @@ def _write_set(folder: Path, sources: Sources, settings: DigitsSettings) -> None
             )
             Image.fromarray(image).save(year / "JPEGImages" / f"{id_}.jpg", quality=JPEG_QUALITY)
             _annotation(id_, settings.side, placed).write(year / "Annotations" / f"{id_}.xml")
-        (year / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
+        _split_list(folder, split).write_text("".join(f"{id_}\n" for id_ in ids))
         first += count
     (folder / MANIFEST).write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
@@ -211,13 +212,18 @@ def _tint(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return colour if region.mean() > 128 else 255 - colour
 
 
-def _check_manifest(folder: Path, settings: DigitsSettings) -> None:
+def _check_complete(folder: Path) -> None:
     advice = f"delete {folder} and it is made again, or name another folder with --dataset-dir."
     try:
-        found = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"{folder} is no complete digits set ({MANIFEST} is missing or damaged): {advice}"
-        ) from None
-    if found != asdict(settings):
-        raise InputError(f"{folder} holds a digits set with other settings: {advice}")
+        settings = DigitsSettings(**json.loads((folder / MANIFEST).read_text()))
+        listed = [_split_list(folder, split).read_text().count("\n") for split in SPLITS]
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{folder} is no complete digits set: {advice}") from None
+    if settings.version != DigitsSettings.version:
+        raise InputError(f"{folder} holds a digits set of version {settings.version}: {advice}")
+    if listed != [settings.train_images, settings.test_images]:
+        raise InputError(f"{folder} is no complete digits set: {advice}")
+
+
+def _split_list(folder: Path, split: str) -> Path:
+    return folder / YEAR / "ImageSets" / "Main" / f"{split}.txt"

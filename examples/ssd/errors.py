@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -10,10 +11,16 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 BAD_INPUT = 2
+# How launchers (MPICH and its relatives, Open MPI, MVAPICH) tell a process its rank.
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class InputError(Exception):
     """What the user gave can't be used. The message is one sentence: what is wrong and what to do."""
+
+
+class SharedInputError(InputError):
+    """An error that all ranks have, such as one on the command line: rank 0 says it for all."""
 
 
 def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
@@ -24,10 +31,16 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if launched_rank() == 0 or not isinstance(error, SharedInputError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
             return BAD_INPUT
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr, flush=True)
             return 130
 
     return wrapper
+
+
+def launched_rank() -> int:
+    """This process's number among those that an MPI launcher started, 0 without one; needs no MPI."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from datasets import DATASETS
 from detector import Detector
-from errors import InputError, ends_cleanly
+from errors import SharedInputError, ends_cleanly
 from evaluation import evaluate
 from ranks import start_ranks
 from saved import load_detector_model, weights_parser
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = start_ranks("naive", on_gpu=False)
     model, dataset = ranks.rank_0_first(lambda: load_detector_model(args.weights))
     if args.dataset not in (None, dataset):
-        raise InputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
+        raise SharedInputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
     kind = DATASETS[dataset]
     test_set = ranks.rank_0_first(lambda: kind.open_test(args.dataset_dir))
     precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)

@@ -19,14 +19,18 @@ def evaluate(detector: Detector, dataset: Detections, ranks: Alone) -> np.ndarra
     indices = range(ranks.rank, len(dataset), ranks.size)
     found = detect_all(detector, map(dataset.image, indices))
     shares = ranks.gather([(i, boxes, dataset.objects(i)) for i, boxes in zip(indices, found, strict=True)])
-    return average_precisions(shares) if shares else None
+    return average_precisions(shares, detector.model.n_fg_class) if shares else None
 
 
-def average_precisions(shares: list[list[tuple[int, Boxes, Objects]]]) -> np.ndarray:
+def average_precisions(shares: list[list[tuple[int, Boxes, Objects]]], n_classes: int) -> np.ndarray:
     """Average precision of each class from (image's number, Boxes, Objects) in any order."""
     results = sorted((entry for share in shares for entry in share), key=lambda entry: entry[0])
     predicted = [boxes for _, boxes, _ in results]
     true = [objects for _, _, objects in results]
-    return eval_detection_voc(
+    precisions = np.full(n_classes, np.nan)
+    # ChainerCV's end with the last class that was found or is there.
+    seen = eval_detection_voc(
         *zip(*predicted, strict=True), *zip(*true, strict=True), iou_thresh=0.5, use_07_metric=True
     )["ap"]
+    precisions[: len(seen)] = seen
+    return precisions

@@ -11,14 +11,13 @@ from typing import Any, NoReturn, TypeVar
 import chainer
 from chainer.backends import cuda
 
-from errors import BAD_INPUT, InputError
+from errors import BAD_INPUT, InputError, SharedInputError
 
 T = TypeVar("T")
 
 COMMUNICATORS = ("auto", "naive", "flat", "pure_nccl")
-# What launchers (MPICH and its relatives, Open MPI, MVAPICH) tell the processes that they start.
+# How launchers (MPICH and its relatives, Open MPI, MVAPICH) tell how many processes they started.
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class Alone:
@@ -106,7 +105,7 @@ class Together(Alone):
             message = str(error)
         for rank, failure in enumerate(self.all_gather(message)):
             if failure is not None:
-                raise InputError(failure if rank == 0 else f"{failure} (seen by rank {rank})")
+                raise SharedInputError(failure if rank == 0 else f"{failure} (seen by rank {rank})")
         return result  # type: ignore[return-value]
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -120,12 +119,7 @@ class Together(Alone):
 
 def launched_size() -> int | None:
     """How many processes an MPI launcher started; None without a launcher."""
-    return _first_number(SIZE_VARIABLES)
-
-
-def launched_rank() -> int:
-    """This process's number among those that a launcher started, 0 without one; needs no MPI."""
-    return _first_number(RANK_VARIABLES) or 0
+    return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), None)
 
 
 def start_ranks(communicator: str, on_gpu: bool) -> Alone:
@@ -170,7 +164,3 @@ def _check_communicator(name: str, on_gpu: bool) -> None:
 
 def gpu_is_there() -> bool:
     return cuda.available and cuda.cupy.cuda.is_available()
-
-
-def _first_number(names: tuple[str, ...]) -> int | None:
-    return next((int(os.environ[name]) for name in names if name in os.environ), None)

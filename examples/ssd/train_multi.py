@@ -14,7 +14,7 @@ import numpy as np
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
 from arguments import Settings, parse_settings
-from errors import InputError, ends_cleanly
+from errors import InputError, SharedInputError, ends_cleanly
 from ranks import gpu_is_there, start_ranks
 from training import assemble, summary
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = _choose_gpu(settings)
     ranks = start_ranks(settings.communicator, on_gpu)
     if settings.batchsize % ranks.size:
-        raise InputError(
+        raise SharedInputError(
             f"--batchsize {settings.batchsize} does not divide among {ranks.size} ranks: use a multiple."
         )
     dtype = chainer.mixed16 if settings.dtype == "mixed16" else np.dtype(settings.dtype)

@@ -11,7 +11,7 @@ import chainer
 import cv2
 import numpy as np
 from chainer.backends import cuda
-from chainer.training import StandardUpdater, Trainer
+from chainer.training import Extension, StandardUpdater, Trainer
 from chainer.training.extension import PRIORITY_WRITER
 from chainercv.links.model.ssd import SSD
 
@@ -143,6 +143,21 @@ def assemble(settings: Settings, ranks: Alone, on_gpu: bool) -> Run:
     return Run(settings, ranks, model, trainer)
 
 
+class LearningRate(Extension):
+    """Sets the optimizer's learning rate for the next update."""
+
+    def __init__(self, optimizer: Any, settings: Settings) -> None:
+        self._optimizer = optimizer
+        self._settings = settings
+
+    def initialize(self, trainer: Trainer) -> None:
+        self(trainer)
+
+    def __call__(self, trainer: Trainer) -> None:
+        settings, done = self._settings, trainer.updater.iteration
+        self._optimizer.lr = learning_rate(settings.lr, settings.step, settings.warm_up, done)
+
+
 def scaling_state(optimizer: Any) -> tuple[int, float]:
     """How many steps were skipped so far, and the scale of the loss now; (0, 1) without loss scaling."""
     overflow = getattr(optimizer, "overflow", None)
@@ -206,10 +221,6 @@ def _extend(
     last = settings.iteration
     optimizer = trainer.updater.get_optimizer("main")
 
-    def set_learning_rate(trainer: Trainer) -> None:
-        done = trainer.updater.iteration
-        optimizer.lr = learning_rate(settings.lr, settings.step, settings.warm_up, done)
-
     def report_state(trainer: Trainer) -> None:
         skipped, scale = scaling_state(optimizer)
         chainer.report({"lr": optimizer.lr, "skipped": skipped, "scale": scale})
@@ -222,9 +233,7 @@ def _extend(
             chainer.report({"map": np.nanmean(precisions), **found})
 
     trainer.extend(report_state, name="State", priority=PRIORITY_WRITER + 1)
-    trainer.extend(
-        set_learning_rate, name="LearningRate", call_before_training=True, priority=PRIORITY_WRITER
-    )
+    trainer.extend(LearningRate(optimizer, settings), priority=PRIORITY_WRITER)
     trainer.extend(
         report_precision, name="Precision", trigger=at([*settings.step, last]), priority=PRIORITY_WRITER
     )

@@ -16,25 +16,14 @@ HERE = Path(__file__).resolve().parent
 # The example's scripts import each other as they lie; so do the tests the helpers beside them.
 sys.path[:0] = [str(HERE.parents[2] / "examples" / "ssd"), str(HERE)]
 
-from data_digits import DigitsSettings, make_digits  # noqa: E402
-
-FEW_DIGITS = DigitsSettings(train_images=12, test_images=4)
+from data_digits import DigitsSettings, find_digits  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def digits_made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    make_digits(folder, FEW_DIGITS)
-    return folder
-
-
-@pytest.fixture
-def digits(digits_made_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A digits set of 12 and 4 images, which the example takes for the real one."""
-    import data_digits
-
-    monkeypatch.setattr(data_digits.find_digits, "__defaults__", (FEW_DIGITS,))
-    return digits_made_once
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A digits set of 12 training and 4 test images."""
+    few = DigitsSettings(train_images=12, test_images=4)
+    return find_digits(tmp_path_factory.mktemp("data") / "digits", few)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from models import build_model
 
 
 @pytest.fixture
-def samples(digits_made_once) -> TrainingSamples:
-    dataset = open_parts(digits_made_once, TRAIN_PARTS, DIGIT_CLASSES, use_difficult=False)
+def samples(digits) -> TrainingSamples:
+    dataset = open_parts(digits, TRAIN_PARTS, DIGIT_CLASSES, use_difficult=False)
     return TrainingSamples.of_model(
         dataset, build_model("small", 10, "lecun-uniform", 0), DIGITS_RECIPE, seed=0
     )
@@ -106,11 +106,11 @@ if __name__ == "__main__":
 """
 
 
-def test_loaders_end_with_a_killed_parent(digits_made_once, tmp_path):
+def test_loaders_end_with_a_killed_parent(digits, tmp_path):
     parent_script = tmp_path / "parent.py"
     parent_script.write_text(PARENT)
     parent = subprocess.Popen(
-        [sys.executable, str(parent_script), str(digits_made_once)],
+        [sys.executable, str(parent_script), str(digits)],
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,10 @@ TINY = DigitsSettings(train_images=5, test_images=3)
 def contents(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def cut_short(path: Path) -> None:
+    path.write_text(path.read_text().splitlines()[0] + "\n")
 
 
 def open_train(folder: Path):
@@ -117,12 +120,17 @@ def test_the_set_of_a_faster_process_stays(tmp_path):
     [
         (lambda folder: (folder / "digits.json").unlink(), "no complete digits set"),
         (lambda folder: (folder / "digits.json").write_text("{"), "no complete digits set"),
-        (lambda folder: (folder / "digits.json").write_text(json.dumps({"seed": 5})), "other settings"),
+        (
+            lambda folder: (folder / "digits.json").write_text('{"sead": 5}'),
+            "no complete digits set",
+        ),
+        (lambda folder: (folder / "digits.json").write_text('{"version": 0}'), "of version 0"),
+        (lambda folder: cut_short(folder / "VOC2007/ImageSets/Main/test.txt"), "no complete digits set"),
         (lambda folder: (folder / "VOC2007/JPEGImages/000002.jpg").unlink(), "000002.jpg is missing"),
         (lambda folder: (folder / "VOC2007/Annotations/000003.xml").unlink(), "000003.xml is missing"),
         (
             lambda folder: (folder / "VOC2007/ImageSets/Main/trainval.txt").unlink(),
-            "trainval.txt can't be read",
+            "no complete digits set",
         ),
     ],
 )

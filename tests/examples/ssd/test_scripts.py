@@ -1,0 +1,166 @@
+"""predict.py, evaluate.py and demo.py, in this process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chainer.serializers import save_npz
+from PIL import Image
+from processes import run_script
+
+import demo
+import evaluate
+import predict
+from data_digits import DIGIT_CLASSES
+from detector import Boxes
+from drawing import draw_boxes, tile
+from models import MODELS, build_model
+from weights import identify
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.npz"
+    save_npz(path, build_model("small", 10, "lecun-uniform", seed=0))
+    return path
+
+
+def one_sentence(capsys, words: str) -> None:
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+def test_predict_draws_files_and_folders(digits, model_file, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    originals = sorted((digits / "VOC2007" / "JPEGImages").iterdir())[:3]
+    for path in originals[:2]:
+        shutil.copy(path, folder)
+    (folder / "notes.txt").write_text("no image")
+    out = tmp_path / "pictures"
+    assert (
+        predict.main([str(model_file), str(folder), str(originals[2]), "--out", str(out), "--score", "0.15"])
+        == 0
+    )
+    assert sorted(path.name for path in out.iterdir()) == [f"{path.stem}.png" for path in originals]
+    assert capsys.readouterr().out.count("objects") == 3
+    drawn = np.asarray(Image.open(out / f"{originals[2].stem}.png"))
+    assert drawn.shape == (96, 96, 3)
+    assert (drawn != np.asarray(Image.open(originals[2]))).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere.npz", "IMAGE"], "The weights /nowhere.npz can't be read"),
+        (["MODEL", "/nowhere.jpg"], "There is no image or folder /nowhere.jpg"),
+        (["MODEL", "EMPTY"], "no image in the folders named"),
+        (["MODEL", "MODEL"], "can't be read as an image"),
+        (["MODEL", "IMAGE", "IMAGE"], "Two images would both be drawn"),
+        (["MODEL", "IMAGE", "--score", "2"], "'2' is not a number from 0 to 1"),
+        (["MODEL", "IMAGE", "--decoder", "best"], "best"),
+        (["IMAGE", "IMAGE"], "can't be read (it is no .npz file, or a damaged one)"),
+    ],
+)
+def test_bad_input_of_predict_is_one_sentence(digits, model_file, tmp_path, capsys, arguments, words):
+    (tmp_path / "empty").mkdir()
+    image = digits / "VOC2007" / "JPEGImages" / "000001.jpg"
+    places = {"MODEL": str(model_file), "IMAGE": str(image), "EMPTY": str(tmp_path / "empty")}
+    argv = [places.get(argument, argument) for argument in arguments]
+    assert status_of(predict.main, [*argv, "--out", str(tmp_path / "pictures")]) == 2
+    one_sentence(capsys, words)
+
+
+def test_predict_overwrites_nothing(digits, model_file, tmp_path, capsys):
+    image = str(digits / "VOC2007" / "JPEGImages" / "000001.jpg")
+    (tmp_path / "000001.png").write_text("mine")
+    assert predict.main([str(model_file), image, "--out", str(tmp_path)]) == 2
+    one_sentence(capsys, "is already there")
+    assert (tmp_path / "000001.png").read_text() == "mine"
+
+
+def test_evaluate_prints_every_class_and_the_mean(digits, model_file, capsys):
+    assert evaluate.main([str(model_file), "--dataset-dir", str(digits)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == [*DIGIT_CLASSES, "mAP"]
+    values = [float(value) for _, value in lines]
+    assert values[-1] == pytest.approx(np.nanmean(values[:-1]), abs=1e-4)
+
+
+def test_evaluate_gives_the_same_on_two_ranks(digits, model_file, capsys):
+    arguments = [str(model_file), "--dataset-dir", str(digits)]
+    evaluate.main(arguments)
+    alone = capsys.readouterr().out
+    two = run_script("evaluate.py", *arguments, ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere.npz"], "The weights /nowhere.npz can't be read"),
+        (["MODEL", "--dataset", "voc"], "knows the classes of digits: use --dataset digits"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_sentence(model_file, capsys, arguments, words):
+    argv = [str(model_file) if argument == "MODEL" else argument for argument in arguments]
+    assert status_of(evaluate.main, argv) == 2
+    one_sentence(capsys, words)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n_fg_class", [10, 20])
+def test_a_file_tells_its_model_and_number_of_classes(tmp_path, name, n_fg_class):
+    model = MODELS[name].build(n_fg_class)
+    # Names and the shape of one bias are all that it takes; the arrays themselves would be large.
+    names = {path.lstrip("/"): np.zeros(1, np.float32) for path, _ in model.namedparams()}
+    names["multibox/conf/0/b"] = model.multibox.conf[0].b.array
+    np.savez(tmp_path / "weights.npz", **names)
+    assert identify(tmp_path / "weights.npz") == (name, n_fg_class)
+
+
+def test_the_demonstration_ends_with_map_and_picture(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+    monkeypatch.setattr(demo, "COLUMNS", 2)
+    monkeypatch.setattr(demo, "ROWS", 2)
+    arguments = ["--dataset-dir", str(digits), "--iteration", "2", "--picture", str(tmp_path / "demo.png")]
+    assert demo.main(arguments) == 0
+    assert re.match(r"mAP 0\.\d{4} on test images", capsys.readouterr().out.splitlines()[-1])
+    assert Image.open(tmp_path / "demo.png").size == (2 * (3 * 96 + 8) + 8,) * 2
+    # A second demonstration replaces the first.
+    assert demo.main(arguments) == 0
+
+
+def test_boxes_are_drawn_where_they_are():
+    image = np.zeros((3, 50, 60), np.uint8)
+    boxes = Boxes(
+        np.array([[20, 10, 40, 30]], np.float32), np.array([1], np.int32), np.array([0.9], np.float32)
+    )
+    picture = np.asarray(draw_boxes(image, boxes, ("cat", "dog"), enlarge=2))
+    assert picture.shape == (100, 120, 3)
+    assert picture[80, 20:61].any(axis=1).all(), "lower edge"
+    assert picture[40:81, 60].any(axis=1).all(), "right edge"
+    assert not picture[84:].any()
+    assert not picture[50:70, 30:50].any(), "nothing inside"
+
+
+def test_pictures_are_tiled_in_rows():
+    pictures = [Image.new("RGB", (10, 20), colour) for colour in ("red", "lime", "blue")]
+    sheet = tile(pictures, columns=2)
+    assert sheet.size == (2 * 18 + 8, 2 * 28 + 8)
+    corners = [sheet.getpixel(place) for place in ((8, 8), (26, 8), (8, 36), (26, 36))]
+    assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def status_of(main, argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return end.code

@@ -1,0 +1,388 @@
+"""train_multi.py from the command line to result.json, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chainer.serializers import save_npz
+
+import train_multi
+from helpers import dtype
+from models import build_model
+
+METHODS = {
+    "float32": ["--dtype", "float32"],
+    "no loss scale": ["--loss-scale-method", "fixed", "--init-scale", "1"],
+    "fixed 128": ["--loss-scale-method", "fixed", "--init-scale", "128"],
+    "dynamic, interval 10": ["--loss-scale-method", "fixed", "--dynamic-interval", "10"],
+    "approx_range": ["--loss-scale-method", "approx_range"],
+    "approx_range, chosen every 10 iterations": ["--update-per-n-iteration", "10"],
+    "abs_range": ["--loss-scale-method", "abs_range"],
+    "element_wise_range": ["--loss-scale-method", "element_wise_range"],
+    "auto": ["--loss-scale-method", "auto"],
+}
+BRIEF = ("--device", "cpu", "--kernels", "numpy", "--batchsize", "2", "--log-interval", "1", "--warm-up", "0")
+
+
+def train(digits: Path, out: Path, *args: object) -> int:
+    return train_multi.main([*BRIEF, "--dataset-dir", str(digits), "--out", str(out), *map(str, args)])
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out / "model.npz") as file:
+        return dict(file)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def rows_without_times(out: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if not name.endswith("time") and name != "time_left"}
+        for row in read(out / "log.json")
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_result(digits, tmp_path, capsys, method):
+    assert train(digits, tmp_path / "run", "--iteration", 2, "--seed", 5, *METHODS[method]) == 0
+    result = read(tmp_path / "run" / "result.json")
+    assert result["method"] == method
+    assert result["outcome"] == "finished"
+    assert result["iterations"] == 2
+    assert result["seed"] == 5
+    assert result["skipped_steps"] == 0
+    assert 0 <= result["map"] <= 1
+    assert result["seconds"] > 0
+    assert result["settings"]["model"] == "small"
+    assert result["kernels"] == "numpy"
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert f"mAP {result['map']:.4f}" in last_line
+    assert method in last_line
+    expected = np.float32 if method == "float32" else np.float16
+    assert all(array.dtype == expected for array in weights(tmp_path / "run").values())
+
+
+def test_mixed_precision_learns_what_float32_learns(digits, tmp_path):
+    losses = {}
+    for method in ("float32", "fixed 128", "approx_range", "auto"):
+        out = tmp_path / method
+        assert train(digits, out, "--iteration", 4, *METHODS[method]) == 0
+        losses[method] = [row["main/loss"] for row in read(out / "log.json")]
+    assert losses["float32"][-1] < losses["float32"][0]
+    for method, values in losses.items():
+        np.testing.assert_allclose(values, losses["float32"], rtol=0.02, err_msg=method)
+
+
+def test_the_logs_agree_and_report_map_at_steps_and_at_the_end(digits, tmp_path):
+    out = tmp_path / "run"
+    assert train(digits, out, "--iteration", 4, "--step", 2, "--dtype", "float32") == 0
+    rows = read(out / "log.json")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in rows if "map" in row] == [2, 4]
+    assert read(out / "result.json")["map"] == rows[-1]["map"]
+    np.testing.assert_allclose([row["lr"] for row in rows], [6e-3, 6e-3, 6e-4, 6e-4])
+    with open(out / "log.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["main/loss"] for row in table] == [str(row["main/loss"]) for row in rows]
+    assert [row["map"] for row in table] == [str(row.get("map", "")) for row in rows]
+
+
+@pytest.mark.parametrize("multiplier", ["2**-18", "2**6"])
+def test_in_float32_the_loss_multiplier_changes_nothing(digits, tmp_path, multiplier):
+    arguments = ("--iteration", 2, "--dtype", "float32")
+    train(digits, tmp_path / "plain", *arguments)
+    train(digits, tmp_path / "multiplied", *arguments, "--loss-multiplier", multiplier)
+    assert_same_weights(tmp_path / "plain", tmp_path / "multiplied")
+    assert rows_without_times(tmp_path / "plain") == rows_without_times(tmp_path / "multiplied")
+
+
+def test_a_tiny_loss_underflows_without_a_scale_and_not_with_one(digits, tmp_path):
+    moved = {}
+    start = tmp_path / "start.npz"
+    save_npz(start, build_model("small", 10, "lecun-uniform", seed=0))
+    for name in ("float32", "no loss scale", "approx_range"):
+        out = tmp_path / name
+        train(
+            digits,
+            out,
+            "--iteration",
+            1,
+            "--loss-multiplier",
+            "2**-22",
+            "--pretrained",
+            start,
+            *METHODS[name],
+        )
+        before, after = np.load(start), weights(out)
+        name_of_first = "extractor/conv1/W"
+        moved[name] = np.abs(after[name_of_first].astype(np.float32) - before[name_of_first]).mean()
+    # What is left without a scale is weight decay and rounding.
+    assert moved["approx_range"] == pytest.approx(moved["float32"], rel=0.1)
+    assert moved["no loss scale"] < 0.2 * moved["float32"]
+
+
+def test_a_diverged_run_ends_with_a_message_and_a_result(digits, tmp_path, capsys):
+    arguments = ("--iteration", 50, "--dtype", "float32", "--lr", "1e30")
+    assert train(digits, tmp_path / "run", *arguments) == 0
+    result = read(tmp_path / "run" / "result.json")
+    assert result["outcome"] == "diverged"
+    assert result["map"] is None
+    assert result["iterations"] < 50
+    printed = capsys.readouterr()
+    assert "Training diverged" in printed.out
+    assert "diverged after" in printed.out.splitlines()[-1]
+    assert "Traceback" not in printed.out + printed.err
+    assert not (tmp_path / "run" / "model.npz").exists()
+
+
+def test_mixed_precision_that_keeps_overflowing_is_diverged(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(digits, out, "--iteration", 200, "--lr", "1e30", *METHODS["fixed 128"]) == 0
+    result = read(out / "result.json")
+    assert result["outcome"] == "diverged"
+    assert result["skipped_steps"] > 0
+    assert "Training diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--loss-scale-method", "fixed", "--init-scale", "4096", "--dynamic-interval", "2"),
+        ("--loss-scale-method", "approx_range", "--update-per-n-iteration", "3"),
+        ("--dtype", "float32"),
+    ],
+    ids=["dynamic", "adaptive", "float32"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, arguments):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    # The log's interval is not the checkpoint's: sums between rows have to be saved as well.
+    arguments = (*arguments, "--iteration", 6, "--step", 4, "--log-interval", 2, "--checkpoint-interval", 3)
+    assert train(digits, whole, *arguments) == 0
+    checkpoint = whole / "checkpoints" / "iteration-00000003"
+    assert train(digits, resumed, *arguments, "--resume", checkpoint) == 0
+    assert_same_weights(whole, resumed)
+    assert rows_without_times(whole) == rows_without_times(resumed)
+    theirs, ours = (read(out / "result.json") for out in (whole, resumed))
+    for name in ("map", "average_precision", "skipped_steps", "final_scale"):
+        assert ours[name] == theirs[name]
+
+
+def test_resuming_a_finished_run_changes_nothing(digits, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--iteration", 2, "--dtype", "float32")
+    train(digits, out, *arguments)
+    before = weights(out), rows_without_times(out), read(out / "result.json")["map"]
+    assert train(digits, out, *arguments, "--resume", "auto") == 0
+    after = weights(out), rows_without_times(out), read(out / "result.json")["map"]
+    assert before[1:] == after[1:]
+    assert all((before[0][name] == after[0][name]).all() for name in before[0])
+
+
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(digits, tmp_path):
+    assert train(digits, tmp_path / "run", "--iteration", 1, "--dtype", "float32", "--resume", "auto") == 0
+
+
+def test_ssd300_trains_on_a_voc_devkit(devkit, tmp_path):
+    with dtype("mixed16"):
+        before = dict(build_model("ssd300", 20, "xavier", seed=0).namedparams())
+    out = tmp_path / "run"
+    status = train_multi.main(
+        [
+            *("--model", "ssd300", "--dtype", "mixed16", "--loss-scale-method", "approx_range"),
+            *("--dataset-dir", str(devkit), "--out", str(out), "--pretrained", "none"),
+            *("--initializer", "xavier", "--decoder", "argmax", "--loss-norm", "sample"),
+            *("--device", "cpu", "--kernels", "numpy", "--loaders", "0", "--log-interval", "1"),
+            *("--batchsize", "1", "--iteration", "1"),
+        ]
+    )
+    assert status == 0
+    result = read(out / "result.json")
+    assert result["outcome"] == "finished"
+    assert result["settings"]["lr"] == 1e-3
+    assert {name for name, ap in result["average_precision"].items() if ap is not None} >= {"cat", "dog"}
+    after = weights(out)
+    changed = {name for name in after if (after[name] != before["/" + name].array).any()}
+    # Only the maps whose boxes match an object of the image have a head that moves.
+    assert "extractor/conv1_1/W" in changed
+    assert any(name.startswith("multibox/conf") for name in changed)
+
+
+# What is wrong, and words of the sentence that says so.
+BAD = [
+    (["--model", "ssd9000"], "ssd9000"),
+    (["--loss-scale-method", "magic"], "magic"),
+    (["--init-scale", "-1"], "--init-scale must be a positive power of two"),
+    (["--init-scale", "3"], "--init-scale must be a positive power of two"),
+    (["--init-scale", "much"], "much"),
+    (["--dynamic-interval", "0"], "--dynamic-interval must be an integer of at least 1"),
+    (["--update-per-n-iteration", "0"], "--update-per-n-iteration must be an integer of at least 1"),
+    (["--scale-upper-bound", "0.5"], "--scale-upper-bound must be a number of at least 1"),
+    (["--accum-upper-bound", "0"], "--accum-upper-bound must be a number of at least 1"),
+    (["--n-uf", "0.7"], "--n-uf must be a share between 0 and 0.5"),
+    (["--batchsize", "0"], "--batchsize: '0' is not a whole number of at least 1"),
+    (["--iteration", "many"], "'many' is not a whole number"),
+    (["--lr", "-0.1"], "'-0.1' is not a positive number"),
+    (["--lr", "nan"], "'nan' is not a positive number"),
+    (["--step", "0"], "'0' is not a whole number of at least 1"),
+    (["--seed", "-1"], "'-1' is not a whole number of at least 0"),
+    (["--loss-multiplier", "3"], "'3' is not a power of two"),
+    (["--loss-multiplier", "2**9999"], "is not a power of two"),
+    (["--loss-norm", "image"], "image"),
+    (["--pretrained", "imagenet"], "There are no ImageNet weights for --model small"),
+    (["--pretrained", "/nowhere/weights.npz"], "The weights /nowhere/weights.npz can't be read"),
+    (["--dataset", "voc"], "VOC2012"),
+    (["--dataset", "coco"], "coco"),
+    (["--resume", "/nowhere"], "no complete checkpoint in /nowhere"),
+    (["--communicator", "flat"], "flat needs a GPU and CuPy: use --communicator naive"),
+    (["--communicator", "pure_nccl"], "pure_nccl needs a GPU and CuPy"),
+    (["--communicator", "smoke"], "smoke"),
+    (["--frobnicate"], "--frobnicate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_sentence(digits, tmp_path, capsys, arguments, words):
+    out = tmp_path / "run"
+    assert status_of(digits, out, *arguments) == 2
+    assert_one_sentence(capsys, words)
+    assert not any(out.rglob("*"))
+
+
+def status_of(digits: Path, out: Path, *args: object) -> int:
+    try:
+        return train(digits, out, *args)
+    except SystemExit as end:
+        return end.code
+
+
+def assert_one_sentence(capsys, words: str) -> None:
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.err.rstrip().endswith(".")
+    assert words in printed.err
+    assert "Traceback" not in printed.out + printed.err
+
+
+def test_a_missing_voc_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_voc.get_dataset_root", lambda: str(tmp_path))
+    assert train_multi.main(["--dataset", "voc", "--out", str(tmp_path / "run")]) == 2
+    assert_one_sentence(capsys, "--dataset digits")
+
+
+def test_missing_imagenet_weights_are_one_sentence(devkit, tmp_path, capsys):
+    arguments = ["--model", "ssd300", "--dataset-dir", str(devkit), "--out", str(tmp_path / "run")]
+    assert train_multi.main([*arguments, "--model-dir", str(tmp_path)]) == 2
+    assert_one_sentence(capsys, f"(it is not there): put that file into {tmp_path}")
+
+
+def test_weights_of_another_model_are_one_sentence(digits, tmp_path, capsys):
+    other = tmp_path / "other.npz"
+    save_npz(other, build_model("small", 20, "lecun-uniform", seed=0))
+    assert status_of(digits, tmp_path / "run", "--pretrained", other) == 2
+    assert_one_sentence(capsys, "multibox/conf/0/W has shape")
+
+
+def test_an_earlier_run_is_not_overwritten(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(digits, out, "--iteration", 1, "--dtype", "float32")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert status_of(digits, out, "--iteration", 2, "--dtype", "float32") == 2
+    assert_one_sentence(capsys, "holds an earlier run")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--seed", "1"), "--seed 0 and this is 1"),
+        (("--dtype", "float16"), "--dtype float32 and this is float16"),
+        (("--batchsize", "4"), "--batchsize 2 and this is 4"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_one_sentence(digits, finished, capsys, change, words):
+    assert (
+        status_of(digits, finished, "--iteration", 3, "--dtype", "float32", "--resume", "auto", *change) == 2
+    )
+    assert_one_sentence(capsys, words)
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(devkit, finished, tmp_path, capsys):
+    arguments = [
+        "--model",
+        "ssd300",
+        "--dataset",
+        "voc",
+        "--dataset-dir",
+        str(devkit),
+        "--pretrained",
+        "none",
+    ]
+    status = train_multi.main([*arguments, "--resume", str(finished), "--out", str(tmp_path / "other")])
+    assert status == 2
+    assert_one_sentence(capsys, "--model small and this is ssd300")
+
+
+@pytest.fixture
+def finished(digits, tmp_path):
+    """A run of two iterations in float32, with a checkpoint after each."""
+    out = tmp_path / "finished"
+    train(digits, out, "--iteration", 2, "--dtype", "float32", "--checkpoint-interval", 1)
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.mark.parametrize("name", ["rank-0.npz", "checkpoint.json"])
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(digits, copied, finished, name):
+    newest = copied / "checkpoints" / "iteration-00000002"
+    content = (newest / name).read_bytes()
+    (newest / name).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="iteration-00000002 is incomplete or damaged and is passed over"):
+        status = train(
+            digits,
+            copied,
+            "--iteration",
+            2,
+            "--dtype",
+            "float32",
+            "--checkpoint-interval",
+            1,
+            "--resume",
+            "auto",
+        )
+    assert status == 0
+    assert_same_weights(copied, finished)
+
+
+def test_a_half_written_checkpoint_is_not_seen(digits, copied):
+    folder = copied / "checkpoints"
+    (folder / "iteration-00000002").rename(folder / ".iteration-00000002.partial")
+    arguments = ("--iteration", 2, "--dtype", "float32", "--checkpoint-interval", 1, "--resume", "auto")
+    assert train(digits, copied, *arguments) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["iteration-00000001", "iteration-00000002"]
+
+
+def test_only_the_newest_checkpoints_are_kept(digits, tmp_path):
+    out = tmp_path / "run"
+    train(digits, out, "--iteration", 3, "--dtype", "float32", "--checkpoint-interval", 1)
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["iteration-00000002", "iteration-00000003"]
