@@ -166,7 +166,13 @@ def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwarg
 
 def scopes(target: chainer.Link) -> list[AdaLossScaled]:
     """The wrapped models that a link holds."""
-    return [link for link in target.links() if isinstance(link, AdaLossScaled)]
+    return list(named_scopes(target).values())
+
+
+def named_scopes(target: chainer.Link) -> dict[str, AdaLossScaled]:
+    """The wrapped models that a link holds, each once, by path."""
+    found = {id(link): (path, link) for path, link in target.namedlinks() if isinstance(link, AdaLossScaled)}
+    return dict(found.values())
 
 
 def require_scopes(target: chainer.Link) -> None:
