@@ -73,7 +73,9 @@ class BackwardPass:
             if scoped and isinstance(variable, chainer.Parameter):
                 adopt(variable).receive(gradient, passes.loss_scale())
             else:
-                variable._set_grad_var_without_check(chainer.Variable(_true(gradient)))
+                # Passes inside this one, which F.forget starts, may have reached the leaf as well.
+                total = add([gradient, *_take_present(leaf)])
+                variable._set_grad_var_without_check(chainer.Variable(_true(total)))
 
     def _visit(self, function: Any) -> None:
         outputs = [reference() for reference in function.outputs]
@@ -204,7 +206,8 @@ def _forgotten(
 
 def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -> tuple[tuple[Any, ...], int]:
     """Where a function averages over processes on the way back, all of them have to bring one exponent."""
-    if type(function).__module__.startswith("chainermn."):
+    implementation = function.function if isinstance(function, chainer.function.FunctionAdapter) else function
+    if type(implementation).__module__.startswith("chainermn."):
         raise RuntimeError(
             f"{function.label} sends gradients to other processes, which know nothing of their scale: "
             "keep it outside AdaLossScaled."
