@@ -80,6 +80,10 @@ class PreparedOptimizer:
         own = serializer["ada_loss"]
         (self._save if saving else self._load)(own)
 
+    def __reduce__(self) -> Any:
+        # This class was made on the fly: pickle finds it by those that it was made of.
+        return _new_prepared, type(self).__bases__, vars(self)
+
     def _save(self, serializer: Any) -> None:
         for path, parameter in self.target.namedparams():
             if isinstance(parameter, ScaledParameter) and parameter.master is not None:
@@ -148,9 +152,21 @@ def prepare(optimizer: Any) -> Any:
 
 def prepare_in_place(optimizer: Any, mixin: type) -> None:
     """Put a mixin in front of an optimizer's class; once is enough."""
-    cls = type(optimizer)
-    if not issubclass(cls, mixin):
-        object.__setattr__(optimizer, "__class__", type(f"Prepared{cls.__name__}", (mixin, cls), {}))
+    if not isinstance(optimizer, mixin):
+        object.__setattr__(optimizer, "__class__", _prepared_class(mixin, type(optimizer)))
+
+
+_PREPARED: dict[tuple[type, type], type] = {}
+
+
+def _prepared_class(mixin: type, plain: type) -> type:
+    if (mixin, plain) not in _PREPARED:
+        _PREPARED[mixin, plain] = type(f"Prepared{plain.__name__}", (mixin, plain), {})
+    return _PREPARED[mixin, plain]
+
+
+def _new_prepared(mixin: type, plain: type) -> Any:
+    return object.__new__(_prepared_class(mixin, plain))
 
 
 def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

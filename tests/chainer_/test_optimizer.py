@@ -1,6 +1,8 @@
 """A prepared optimizer: the update is float32 Chainer's, whatever scales the gradients carry."""
 
+import copy
 import logging
+import pickle
 from functools import partial
 
 import chainer
@@ -551,6 +553,14 @@ class TestPrepare:
     def test_it_keeps_the_optimizer_what_it_was(self):
         optimizer = prepared(training(), optimizers.Adam(alpha=0.5))
         assert isinstance(optimizer, optimizers.Adam) and optimizer.alpha == 0.5
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+    def test_a_copy_of_the_optimizer_and_its_model_is_prepared_too(self, rng, duplicate):
+        with dtype("mixed16"):
+            target = training()
+            optimizer, other = duplicate((prepared(target), target))
+            assert optimizer.target is other
+            compare(other, optimizer, optimizers.MomentumSGD(0.05), batch(rng))
 
     def test_a_hand_written_update_needs_no_optimizer(self, rng):
         with dtype("mixed16"):
