@@ -31,9 +31,14 @@ class AdaLossScaled(chainer.Chain):
             float32, and the gradients that enter are scaled before they are rounded.
         settings: any field of `AdaLossConfig`; a bad one raises a ValueError.
 
-    Call it as the link itself: it takes and returns what the link takes and returns. Without backprop mode,
-    and inside another `AdaLossScaled`, it is just the link. Attributes and methods of the link are reachable
-    on it. Saved, it has the paths of the plain link, and its own state beside them under `ada_loss/`.
+    Call it as the link itself: it takes and returns what the link takes and returns. Inside another
+    `AdaLossScaled` it is just the link. Attributes and methods of the link are reachable on it, but only what
+    is computed by calling it is scaled. Saved, it has the paths of the plain link, and its own state beside
+    them under `ada_loss/`.
+
+    In float32 gradients equal those of the plain link bit for bit. That takes functions whose backward is
+    linear in the gradient, as every one of Chainer's is; a function of your own that clips or normalizes the
+    gradient sees it scaled, and belongs outside.
 
     The parameters' gradients stay scaled until an optimizer that `ada_loss.chainer.prepare` has prepared asks
     for them.

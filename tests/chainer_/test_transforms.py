@@ -1,0 +1,214 @@
+"""The transform: it reaches every layer of every container, keeps what they are, and says what it did."""
+
+import copy
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+from chainercv.links import PickableSequentialChain
+
+from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer.links import ScaledLayer
+from ada_loss.chainer.transforms import transform
+from helpers import dtype
+from twins import assert_exact, weighted_sum
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(53)
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape or (3, 4)).astype(np.float32)
+
+
+class Listed(chainer.ChainList):
+    """Layers in a list."""
+
+    def __init__(self):
+        super().__init__(L.Linear(4, 4), chainer.Sequential(L.Linear(4, 4), F.relu))
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x) + x
+        return x
+
+
+class Picking(PickableSequentialChain):
+    """Layers of which several give results."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.first = L.Linear(4, 4)
+            self.relu = F.relu
+            self.second = L.Linear(4, 4)
+            self.third = Listed()
+        self.pick = ("relu", "third", "first")
+
+
+class Twice(chainer.Chain):
+    """The same layer under two names."""
+
+    def __init__(self):
+        layer = L.Linear(4, 4)
+        super().__init__(first=layer, second=layer, last=L.Linear(4, 2))
+
+    def forward(self, x):
+        return self.last(self.second(F.sin(self.first(x))))
+
+
+class Own(chainer.Chain):
+    """A container with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__(layer=L.Linear(4, 4))
+        with self.init_scope():
+            self.W = chainer.Parameter(chainer.initializers.Normal(0.5), (3, 4))
+
+    def forward(self, x):
+        return F.linear(self.layer(x), self.W)
+
+
+CONTAINERS = {
+    "a layer": (lambda: L.Linear(4, 3), ["/"]),
+    "chain": (lambda: chainer.Chain(a=L.Linear(4, 3)), ["/a"]),
+    "chain list": (Listed, ["/0", "/1/0"]),
+    "sequential": (lambda: chainer.Sequential(L.Linear(4, 3), F.relu, L.Linear(3, 2)), ["/0", "/1"]),
+    "pickable": (Picking, ["/first", "/second", "/third/0", "/third/1/0"]),
+    "nested": (lambda: chainer.Sequential(Listed(), Picking()).repeat(2), None),
+    "one layer twice": (Twice, ["/first", "/last"]),
+    "own parameter": (Own, ["/layer"]),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_layer_of_a_container_becomes_a_variant(name):
+    link = CONTAINERS[name][0]()
+    layers = [child for child in link.links() if isinstance(child, L.Linear)]
+    report, _ = transform(link)
+    assert all(isinstance(layer, ScaledLayer) for layer in layers)
+    assert len(report.converted) == len({id(layer) for layer in layers})
+    expected = CONTAINERS[name][1]
+    assert expected is None or [*report.converted] == expected
+    assert set(report.converted.values()) == {"AdaLossLinear"}
+
+
+@pytest.mark.parametrize("name", ["chain list", "sequential", "pickable", "one layer twice", "own parameter"])
+def test_a_container_has_plain_chainers_gradients(name, rng):
+    scaled = assert_exact(CONTAINERS[name][0](), [draw(rng)])
+    paths = {decision.site.path for decision in scaled.decisions}
+    assert paths == {*CONTAINERS[name][1]} | ({"/"} if name == "own parameter" else set())
+
+
+def test_a_transform_again_changes_nothing(rng):
+    link = Listed()
+    first, _ = transform(link)
+    classes = [type(child) for child in link.links()]
+    assert transform(link)[0] == first
+    assert [type(child) for child in link.links()] == classes
+
+
+def test_links_and_parameters_stay_the_same_objects(rng):
+    link = Picking()
+    children, parameters = [*link.namedlinks()], [*link.namedparams()]
+    scaled = AdaLossScaled(link)
+    assert scaled.link is link
+    for (path, before), (same_path, after) in zip(children, link.namedlinks(), strict=True):
+        assert (path, before) == (same_path, after)
+    for (path, before), (same_path, after) in zip(parameters, scaled.namedparams(), strict=True):
+        assert path == same_path
+        assert before is after
+
+
+def test_names_initializers_update_rules_and_hooks_survive(rng):
+    class Hook(chainer.LinkHook):
+        calls = 0
+
+        def forward_postprocess(self, args):
+            type(self).calls += 1
+
+    link = chainer.Sequential(L.Linear(None, 5, initialW=3.0, initial_bias=2.0), L.Linear(5, 2))
+    link[1].add_hook(Hook())
+    optimizer = chainer.optimizers.Adam().setup(link)
+    rule = link[1].W.update_rule
+    scaled = AdaLossScaled(link)
+    assert link[0].W.array is None
+    assert [child.name for child in link.links(skipself=True)] == ["0", "1"]
+    y = scaled(draw(rng))
+    assert y.shape == (3, 2)
+    assert link[0].W.array.shape == (5, 4)
+    assert (link[0].W.array == 3).all() and (link[0].b.array == 2).all()
+    assert link[1].W.update_rule is rule and optimizer.target is link
+    assert Hook.calls == 1
+    assert (link[1].W.name, link[1].b.name) == ("W", "b")
+
+
+def test_lazy_shapes_have_plain_chainers_gradients(rng):
+    link = chainer.Sequential(L.Linear(None, 5), F.relu, L.Linear(None, 2))
+    scaled, x = AdaLossScaled(copy.deepcopy(link), "auto", init_scale=2.0**-7), draw(rng)
+    for model in (scaled, link):
+        np.random.seed(0)
+        weighted_sum(model(x)).backward()
+    for (path, ours), (_, plain) in zip(scaled.namedparams(), link.namedparams(), strict=True):
+        np.testing.assert_array_equal(ours.array, plain.array, err_msg=path)
+        np.testing.assert_array_equal(ours.grad, plain.grad, err_msg=path)
+
+
+@pytest.mark.parametrize("precision", ["float16", "mixed16", "float32", "float64"])
+def test_dtypes_stay(precision):
+    with dtype(precision):
+        link = chainer.Sequential(L.Linear(4, 3), L.BatchNormalization(3))
+        kinds = [parameter.dtype for parameter in link.params()]
+        AdaLossScaled(link)
+    assert [parameter.dtype for parameter in link.params()] == kinds
+
+
+class TestFilter:
+    def test_it_is_asked_about_every_link_with_parameters_of_its_own(self):
+        asked = []
+        link = chainer.Chain(own=Own(), norm=L.BatchNormalization(3), inner=Listed())
+        transform(link, lambda path, child: bool(asked.append((path, type(child).__name__))) or True)
+        assert asked == [
+            ("/inner/0", "Linear"),
+            ("/inner/1/0", "Linear"),
+            ("/norm", "BatchNormalization"),
+            ("/own", "Own"),
+            ("/own/layer", "Linear"),
+        ]
+
+    def test_what_it_refuses_is_not_scaled(self, rng):
+        scaled = assert_exact(Picking(), [draw(rng)], filter=lambda path, link: "third" not in path)
+        shifts = {decision.site.path: decision.shift for decision in scaled.decisions}
+        assert shifts["/third/0"] == shifts["/third/1/0"] == 0
+        assert shifts["/second"] != 0
+        assert type(scaled.link.third[0]) is L.Linear
+
+    def test_products_of_a_refused_container_are_not_scaled(self, rng):
+        scaled = assert_exact(Own(), [draw(rng)], filter=lambda path, link: path != "/")
+        shifts = {decision.site.path: decision.shift for decision in scaled.decisions}
+        assert shifts["/"] == 0 != shifts["/layer"]
+
+    def test_it_does_not_outlast_the_wrapping(self, rng):
+        link = Listed()
+        AdaLossScaled(link, filter=lambda path, link: False)
+        scaled = AdaLossScaled(link, "auto", init_scale=2.0**-7)
+        weighted_sum(scaled(draw(rng))).backward()
+        assert any(decision.shift for decision in scaled.decisions)
+
+
+def test_the_report_says_what_was_converted_and_what_was_left_and_why():
+    link = chainer.Chain(
+        conv=L.Convolution2D(3, 4, 3), norm=L.BatchNormalization(4), out=L.Linear(4), words=L.EmbedID(3, 4)
+    )
+    report = AdaLossScaled(link, filter=lambda path, child: path != "/out").report
+    assert report.converted == {"/conv": "AdaLossConvolution2D"}
+    assert report.left.keys() == {"/norm", "/out", "/words"}
+    assert report.left["/out"] == "refused by the filter"
+    assert "BatchNormalization" in report.left["/norm"]
+    lines = str(report).splitlines()
+    assert lines[0] == "/conv: AdaLossConvolution2D"
+    assert "/out: left, refused by the filter" in lines
