@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Trains with every loss scaling and several seeds, and writes README.md and a plot; see --help.
+
+What has ended is kept and not repeated: stop it and start it again at will. Heavy files (weights,
+checkpoints) go to runs/, which git ignores; the logs and results that the tables are made from to a folder
+named by the scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EXAMPLE = HERE.parent / "examples" / "ssd"
+sys.path[:0] = [str(HERE), str(EXAMPLE)]
+
+import ada_loss.chainer  # noqa: E402, F401  isort: skip  (before Chainer)
+from experiments import SCALES, Row, Scale, Table  # noqa: E402
+from plot import plot  # noqa: E402
+from report import readme_text  # noqa: E402
+
+from arguments import FREE_ON_RESUME, OneSentenceParser, count, parse_settings  # noqa: E402
+from errors import InputError, ends_cleanly  # noqa: E402
+from files import write_whole  # noqa: E402
+
+RESULT_FILE, LOG_FILE = "result.json", "log.json"
+TRAINING_LENGTH = ("iteration", "step", "lr", "warm_up")
+NOT_COMPARED = set(FREE_ON_RESUME) - set(TRAINING_LENGTH) | {"kernels"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of a table with a seed.
+
+    Attributes:
+        table, row, seed: which one.
+        arguments: the command line of train_multi.py, but for where the run writes.
+        records: folder for what the tables are made from.
+    """
+
+    table: Table
+    row: Row
+    seed: int
+    arguments: tuple[str, ...]
+    records: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.table.name}/{self.row.name}/seed-{self.seed}"
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run's record says; None if it has not ended. InputError if it is of another run."""
+        path = self.records / RESULT_FILE
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text(encoding="utf-8"))
+        ours = json.loads(json.dumps(parse_settings(self.arguments).as_json()))
+        for name in (ours.keys() & result["settings"].keys()) - NOT_COMPARED:
+            if ours[name] != result["settings"][name]:
+                raise InputError(f"{path} is of a run with other settings ({name}): remove {path.parent}.")
+        return result
+
+
+@ends_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    scale = SCALES[args.scale]
+    records = args.folder / args.scale
+    runs = list_runs(scale, args.seeds, args.options, records)
+    if not args.tables_only:
+        waiting = [run for run in runs if run.result() is None]
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs have ended before.", flush=True)
+        train_all(waiting, args.folder / "runs" / args.scale, args.jobs, args.ranks)
+    write_report(scale, args.scale, runs, args.folder)
+    return 0
+
+
+def list_runs(scale: Scale, n_seeds: int, options: Sequence[str], records: Path) -> list[Run]:
+    """All runs, seed by seed, so that an early stop leaves whole tables of fewer seeds."""
+    return [
+        Run(
+            table,
+            row,
+            seed,
+            (*scale.flags, *table.flags, *row.flags, "--seed", str(seed), *options),
+            records / table.name / row.name / f"seed-{seed}",
+        )
+        for seed in range(n_seeds)
+        for table in scale.tables
+        for row in table.rows
+    ]
+
+
+def train_all(runs: Sequence[Run], scratch: Path, jobs: int, ranks: int | None) -> None:
+    """Train what has not ended yet, several at a time. Raises InputError if a run can't be trained."""
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, run, scratch / run.name, jobs, ranks) for run in runs]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                left = (time.monotonic() - began) / done * (len(runs) - done)
+                print(f"[{done}/{len(runs)}, {left / 60:.0f} min left] {future.result()}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
+    """Train one run, from its newest checkpoint if it was stopped; returns its summary."""
+    launcher = [] if ranks is None else ["mpiexec", "-n", str(ranks)]
+    where = ["--out", str(scratch), "--resume", "auto", "--checkpoint-interval", "250"]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    finished = subprocess.run(
+        [*launcher, sys.executable, str(EXAMPLE / "train_multi.py"), *run.arguments, *where],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+    )
+    if finished.returncode:
+        last = (finished.stderr.strip() or finished.stdout.strip()).splitlines()[-1:]
+        raise InputError(f"{run.name} could not be trained: {' '.join(last).removeprefix('error: ')}")
+    keep_record(scratch, run.records)
+    return f"{run.name}: {finished.stdout.strip().splitlines()[-1]}"
+
+
+def keep_record(scratch: Path, records: Path) -> None:
+    """Copy what the tables are made from; the result last, since it marks the run as ended."""
+    records.mkdir(parents=True, exist_ok=True)
+    rows = json.loads((scratch / LOG_FILE).read_text(encoding="utf-8"))
+    lines = ",\n".join(json.dumps({name: _rounded(value) for name, value in row.items()}) for row in rows)
+    write_whole(records / LOG_FILE, f"[\n{lines}\n]\n")
+    result = json.loads((scratch / RESULT_FILE).read_text(encoding="utf-8"))
+    for name in ("out", "dataset_dir", "model_dir"):
+        # Where it ran is nobody's business.
+        result["settings"][name] = None
+    write_whole(records / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+def write_report(scale: Scale, name: str, runs: Sequence[Run], folder: Path) -> None:
+    """README.md and plot from all records that there are."""
+    results: dict[Table, dict[Row, list[Mapping[str, Any]]]] = {table: {} for table in scale.tables}
+    for run in runs:
+        result = run.result()
+        if result is not None:
+            results[run.table].setdefault(run.row, []).append(result)
+    results = {table: rows for table, rows in results.items() if rows}
+    if not results:
+        raise InputError(f"No run of the scale {name} has ended yet: leave --tables-only out.")
+    plot(folder / f"{name}.png", results)
+    write_whole(folder / "README.md", readme_text(name, results))
+    print(f"Wrote {folder / 'README.md'} and {folder / f'{name}.png'}.")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneSentenceParser(
+        description="Train with every loss scaling and several seeds, and write results/README.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Options of train_multi.py for all runs may follow behind --, as in: -- --iteration 2000",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, default="digits", help="digits on CPU, voc on VOC and GPUs"
+    )
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each row")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--ranks", type=count, help="MPI ranks of each run; without it there is no MPI")
+    parser.add_argument("--tables-only", action="store_true", help="only write the tables of what has ended")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where everything goes")
+    parser.add_argument("options", nargs="*", help="options of train_multi.py for all runs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
