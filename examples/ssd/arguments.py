@@ -228,10 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-uf", type=float, default=1e-3, help="share of a layer's gradients that may underflow")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batchsize", type=_count, help="images of an iteration, over all ranks")
-    add("--iteration", type=_count, help="number of iterations")
+    add("--batchsize", type=count, help="images of an iteration, over all ranks")
+    add("--iteration", type=count, help="number of iterations")
     add("--lr", type=_positive, help="learning rate")
-    add("--step", type=_count, nargs="*", help="iterations after which the learning rate falls to a tenth")
+    add("--step", type=count, nargs="*", help="iterations after which the learning rate falls to a tenth")
     add("--warm-up", type=_count_or_zero, help="iterations over which the learning rate rises from a tenth")
     add(
         "--loss-norm",
@@ -259,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernels", choices=PROVIDERS, default="auto", help="what computes convolutions and the like")
     add("--communicator", choices=COMMUNICATORS, default="auto", help="of ChainerMN, behind mpiexec")
     add("--loaders", type=_count_or_zero, help="processes that prepare images; 0 for none")
-    add("--log-interval", type=_count, default=20, help="iterations between rows of the log")
-    add("--checkpoint-interval", type=_count, default=1000, help="iterations between checkpoints")
+    add("--log-interval", type=count, default=20, help="iterations between rows of the log")
+    add("--checkpoint-interval", type=count, default=1000, help="iterations between checkpoints")
     add("--tensorboard", action="store_true", help="also write what TensorBoard reads")
     return parser
 
@@ -292,7 +292,7 @@ def _checked(
     return parse
 
 
-_count = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
+count = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 _count_or_zero = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
 share = _checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _positive = _checked(float, lambda value: 0 < value < math.inf, "a positive number")
