@@ -18,7 +18,7 @@ SIZE, CLASSES = 6, 3
 class Net(chainer.Chain):
     """Fan-out, a layer used twice, float32 parameters between float16 ones.
 
-    size: of the input, None to leave it to the first batch. norm: makes the normalization for a number of channels.
+    size: of the input, None to leave it to the first batch. norm: makes a normalization of so many channels.
     """
 
     def __init__(self, size: int | None = SIZE, norm: Any = L.BatchNormalization) -> None:
@@ -35,7 +35,9 @@ class Net(chainer.Chain):
 
 
 class Training(chainer.Chain):
-    """A loss around a model, with a layer of its own outside the model."""
+    """A loss around a model, with a layer of its own outside the model. weight: what the loss counts."""
+
+    weight = 1.0
 
     def __init__(self, model: chainer.Link) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class Training(chainer.Chain):
 
     def forward(self, x: Any, t: Any) -> chainer.Variable:
         y = self.model(x)
-        return F.mean_squared_error(self.head(F.cast(y, self.head.W.dtype)), t.astype(self.head.W.dtype))
+        y = self.head(F.cast(y, self.head.W.dtype))
+        return self.weight * F.mean_squared_error(y, t.astype(y.dtype))
 
 
 def batch(rng: np.random.Generator, count: int = 5, magnitude: float = 1.0) -> tuple[Any, Any]:

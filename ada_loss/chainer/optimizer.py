@@ -105,7 +105,7 @@ class PreparedOptimizer:
         without."""
         for parameter in unique_parameters(self.target):
             rule = parameter.update_rule
-            if rule is not None and rule.enabled and parameter.is_initialized:
+            if rule is not None and rule.enabled and rule.state is None and parameter.is_initialized:
                 with chainer.using_device(parameter.device):
                     wide = parameter.array.astype(np.promote_types(parameter.dtype, np.float32))
                     rule._init_states(chainer.Parameter(wide))

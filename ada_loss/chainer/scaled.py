@@ -98,6 +98,16 @@ class AdaLossScaled(chainer.Chain):
         super().cleargrads()
         self.policy.begin_step()
 
+    def copyparams(self, link: chainer.Link, copy_persistent: bool = True) -> None:
+        """Copy parameters from a link, wrapped or plain; from a wrapped one the scales as well.
+
+        Chainer's `ParallelUpdater` brings its replicas up to date this way.
+        """
+        wrapped = isinstance(link, AdaLossScaled)
+        self.link.copyparams(link.link if wrapped else link, copy_persistent)
+        if wrapped and copy_persistent:
+            self.policy.load_json(link.policy.to_json())
+
     def namedparams(self, include_uninit: bool = True) -> Iterator[tuple[str, chainer.Parameter]]:
         """Parameters by their paths in the plain link."""
         return self.link.namedparams(include_uninit)

@@ -13,7 +13,7 @@ from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from helpers import assert_same_bits, dtype
-from training import SIZE, Net, batch, prepared, training, values
+from training import SIZE, Net, batch, masters, prepared, training, values
 
 
 @pytest.fixture
@@ -222,6 +222,36 @@ class TestReadingAndWriting:
 
 
 class TestParallelReplicas:
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("precision", ["float32", "mixed16"])
+    def test_parallel_updater_trains_as_one_model_does_on_the_whole_batch(self, precision):
+        results = []
+        for updater_class, options in (
+            (chainer.training.StandardUpdater, {}),
+            (chainer.training.ParallelUpdater, {"devices": {"main": "@numpy", "second": "@numpy"}}),
+        ):
+            with dtype(precision):
+                x, t = batch(np.random.default_rng(31), 12)
+                t[8] = np.inf
+                target = training(precision, norm=lambda channels: chainer.Sequential(F.identity))
+                data = chainer.datasets.TupleDataset(x, t)
+                iterator = chainer.iterators.SerialIterator(data, 4, shuffle=False)
+                optimizer = prepared(target)
+                updater = updater_class(iterator, optimizer, loss_scale=8, **options)
+                # The replicas' gradients are added, so their losses count half.
+                weight = 1 / len(options.get("devices", "1"))
+                for model in getattr(updater, "_models", {"main": target}).values():
+                    model.weight = weight
+                for _ in range(3):
+                    updater.update()
+            for model in getattr(updater, "_models", {"main": target}).values():
+                assert model.model.policy.entry == optimizer.overflow
+                assert_same_bits(values(model), values(target))
+            assert optimizer.overflow.skipped == 1
+            results.append(masters(target))
+        for path, master in results[0].items():
+            np.testing.assert_allclose(results[1][path], master, rtol=1e-3, atol=1e-3, err_msg=path)
+
     @pytest.mark.parametrize("precision", ["float32", "mixed16"])
     def test_addgrads_adds_true_gradients(self, rng, precision):
         with dtype(precision):
