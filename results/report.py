@@ -78,7 +78,7 @@ def table_text(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
 
 
 def finding(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
-    """What the figures of a table say, in one sentence; nothing where there are not several rows and seeds."""
+    """What the figures of a table say, in one sentence; nothing without several rows and seeds."""
     summaries = {row: summarize(results[row]) for row in table.rows if results.get(row)}
     means = {row.label: summary.mean for row, summary in summaries.items() if summary.mean is not None}
     if len(means) < 2 or min(summary.n_runs for summary in summaries.values()) < 2:
@@ -88,8 +88,8 @@ def finding(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
     gap = means[best] - means[worst]
     verdict = "far more" if gap > 4 * noise else "more" if gap > 2 * noise else "no more"
     return (
-        f"From {worst} ({means[worst]:.3f}) to {best} ({means[best]:.3f}) it is {gap:.3f}: {verdict} than seeds alone "
-        f"would make, with standard deviations of up to {noise:.3f}."
+        f"From {worst} ({means[worst]:.3f}) to {best} ({means[best]:.3f}) it is {gap:.3f}: {verdict} than seeds "
+        f"alone would make, with standard deviations of up to {noise:.3f}."
     )
 
 
