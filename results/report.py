@@ -88,8 +88,8 @@ def finding(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
     gap = means[best] - means[worst]
     verdict = "far more" if gap > 4 * noise else "more" if gap > 2 * noise else "no more"
     return (
-        f"From {worst} ({means[worst]:.3f}) to {best} ({means[best]:.3f}) it is {gap:.3f}: {verdict} than seeds "
-        f"alone would make, with standard deviations of up to {noise:.3f}."
+        f"From {worst} ({means[worst]:.3f}) to {best} ({means[best]:.3f}) it is {gap:.3f}: {verdict} than "
+        f"seeds alone would make, with standard deviations of up to {noise:.3f}."
     )
 
 
