@@ -22,7 +22,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.config import METHODS
 from helpers import dtype
-from training import batch, masters, training, values
+from toy import batch, masters, training, values
 
 BATCH = 12
 

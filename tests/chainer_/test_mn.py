@@ -11,7 +11,7 @@ import pytest
 
 import mn_program
 from ada_loss.config import METHODS
-from training import training
+from toy import training
 
 TESTS = Path(__file__).parents[1]
 
@@ -246,7 +246,7 @@ except ValueError as error:
 
 
 def test_one_process_needs_no_mpi():
-    program = "import sys, ada_loss.chainer, training; training.prepared(training.training());"
+    program = "import sys, ada_loss.chainer, toy; toy.prepared(toy.training());"
     run = subprocess.run(
         [sys.executable, "-c", program + "sys.exit('mpi4py' in sys.modules)"],
         env={**os.environ, **ENVIRONMENT},

@@ -16,7 +16,7 @@ from chainer import optimizers
 from ada_loss.chainer import AdaLossScaled, Diverged, prepare
 from ada_loss.chainer.parameters import ScaledParameter
 from helpers import assert_same_bits, dtype
-from training import SIZE, Net, Training, Twin, batch, masters, prepared, training, values
+from toy import SIZE, Net, Training, Twin, batch, masters, prepared, training, values
 
 # NumPy says so when something overflows, and here it often has to.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

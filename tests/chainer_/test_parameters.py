@@ -13,7 +13,7 @@ from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from helpers import assert_same_bits, dtype
-from training import SIZE, Net, batch, masters, prepared, training, values
+from toy import SIZE, Net, batch, masters, prepared, training, values
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.config import METHODS
 from helpers import assert_same_bits, dtype
-from training import SIZE, Net, Training, batch, masters, prepared, training, values
+from toy import SIZE, Net, Training, batch, masters, prepared, training, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -10,7 +10,7 @@ from chainer.training import extensions
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.extensions import observe_scales
 from helpers import dtype
-from training import SIZE, batch, prepared, training
+from toy import SIZE, batch, prepared, training
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
