@@ -125,8 +125,8 @@ def tables(batch_8_flags: tuple[str, ...], batch_32_flags: tuple[str, ...]) -> t
 
 
 SCALES = {
-    # A batch of 32 sees in 140 iterations somewhat more images than one of 8 in 400, with larger steps. That is
-    # far from converged, and enough to tell methods that train from those that do not.
+    # A batch of 32 sees in 140 iterations somewhat more images than one of 8 in 400, with larger steps. That
+    # is far from converged, and enough to tell methods that train from those that do not.
     "digits": Scale(
         ("--model", "small", "--dataset", "digits", "--log-interval", "50"),
         tables(("--iteration", "400"), ("--iteration", "140", "--lr", "0.012")),
