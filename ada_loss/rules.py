@@ -108,8 +108,7 @@ def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int,
 
     0 where there is nothing to choose from: every product is zero, or something is not finite. The bounds
     hold for the paper's rules: they make the shift negative where a sum could overflow without, or where
-    `exponent` alone is beyond `accum_upper_bound`. After overflows the scales stay `backoff` powers of two
-    further below what they could otherwise reach.
+    `exponent` alone is beyond `accum_upper_bound`.
     """
     method = config.loss_scale_method
     if method == "fixed" or measurement.zero or not measurement.finite:
@@ -119,9 +118,9 @@ def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int,
     wanted = max(_SUFFICIENT_SCALES[method](config, measurement) * 2.0**-backoff, 1.0)
     safe = FLOAT16.max / (measurement.fan * measurement.largest_term) * 2.0**-backoff
     shift = floor_log2(min(wanted, safe, config.scale_upper_bound or math.inf))
-    if config.accum_upper_bound is None and not backoff:
+    if config.accum_upper_bound is None:
         return shift
-    return min(shift, floor_log2(config.accum_upper_bound or FLOAT16.max) - backoff - exponent)
+    return min(shift, floor_log2(config.accum_upper_bound) - backoff - exponent)
 
 
 def floor_log2(value: float) -> int:
