@@ -1,0 +1,6 @@
+"""The benchmarks import each other as they lie; so do their tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
