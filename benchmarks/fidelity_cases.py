@@ -248,7 +248,12 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _enlarged(scans: np.ndarray, factor: int) -> np.ndarray:
-    return scans.repeat(factor, axis=1).repeat(factor, axis=2)[:, None]
+    return scans.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """With equal neighbours it would be left to rounding which of them a pooling takes for the largest."""
+    return (images + rng.normal(scale=0.1, size=images.shape)).astype(np.float16).astype(np.float32)
 
 
 def _vectors(rng: np.random.Generator) -> Batch:
@@ -258,18 +263,19 @@ def _vectors(rng: np.random.Generator) -> Batch:
 
 def _images(rng: np.random.Generator, factor: int = 4) -> Batch:
     scans, labels = _draw(rng, 16)
-    return (_enlarged(scans, factor),), (labels,)
+    return (_noisy(_enlarged(scans, factor)[:, None], rng),), (labels,)
 
 
 def _rows(rng: np.random.Generator) -> Batch:
     scans, labels = _draw(rng, 64)
-    return (_enlarged(scans, 2)[:, 0],), (labels,)
+    return (_noisy(_enlarged(scans, 2), rng),), (labels,)
 
 
 def _maps(rng: np.random.Generator) -> Batch:
     scans, labels = _draw(rng, 8)
     images = _enlarged(scans, 4)
-    return (images,), (np.where(images[:, 0] > 0.5, labels[:, None, None] + 1, 0).astype(np.int32),)
+    classes = np.where(images > 0.5, labels[:, None, None] + 1, 0).astype(np.int32)
+    return (_noisy(images[:, None], rng),), (classes,)
 
 
 def _sequences(rng: np.random.Generator) -> Batch:

@@ -33,7 +33,7 @@ is zero in exact arithmetic are left out. The methods:
 Shortfall: how many dB a method's signal-to-noise ratio is below that of the best fixed scale, found by trying
 them all for that very m; the largest over all m (negative: always ahead; lost: overflow). Underflow: the
 largest share of zeros among the elements that some scale of their tensor could have kept. Overflow:
-parameters, over all m, with an element that is not finite.
+parameters, over all m, with an element that is not finite. parameters: how many are compared.
 
 {table}
 
@@ -94,15 +94,15 @@ def _table(cells: list[Cell]) -> list[str]:
     compared = [method for method in METHODS if method != ORACLE and any(c.method == method for c in cells)]
     short = shortfalls(cells)
     lines = [
-        "| network | best fixed, dB | "
+        "| network | parameters | best fixed, dB | "
         + " | ".join(f"{m}: shortfall, underflow, overflow" for m in compared)
         + " |",
-        "| --- " * (len(compared) + 2) + "|",
+        "| --- " * (len(compared) + 3) + "|",
     ]
     for subject in dict.fromkeys((c.model, c.stage) for c in cells):
         mine = [c for c in cells if (c.model, c.stage) == subject]
         oracle = [c.snr for c in mine if c.method == ORACLE]
-        row = [" ".join(subject), _range(oracle)]
+        row = [" ".join(subject), str(mine[0].parameters), _range(oracle)]
         for method in compared:
             of_method = [c for c in mine if c.method == method]
             worst = max(short[(*subject, c.m, method)] for c in of_method)
