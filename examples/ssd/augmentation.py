@@ -142,7 +142,8 @@ def _crop(
     pixels: np.ndarray, bbox: np.ndarray, label: np.ndarray, smallest: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut a window out. Boxes whose centre is outside go, the others are clipped."""
-    top, left, bottom, right = draw_crop(*pixels.shape[:2], bbox, smallest, rng)
+    height, width, _ = pixels.shape
+    top, left, bottom, right = draw_crop(height, width, bbox, smallest, rng)
     window = np.array([top, left, bottom, right], dtype=np.float32)
     centre = (bbox[:, :2] + bbox[:, 2:]) / 2
     kept = ((window[:2] <= centre) & (centre < window[2:])).all(axis=1)

@@ -157,6 +157,7 @@ def _start_loader(samples: TrainingSamples) -> None:
 def _end_with_parent() -> None:
     """A killed parent can't tell its loaders to stop."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a loader, which has a parent"
     wait([parent.sentinel])
     os._exit(1)
 

@@ -123,7 +123,8 @@ def load_sources() -> Sources:
 def split_digits(n_digits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the digits that training images (four fifths) and test images (the rest) are made of."""
     order = np.random.default_rng([seed, 0]).permutation(n_digits)
-    return np.split(order, [n_digits * 4 // 5])
+    n_train = n_digits * 4 // 5
+    return order[:n_train], order[n_train:]
 
 
 def draw_image(

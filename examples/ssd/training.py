@@ -139,7 +139,7 @@ def assemble(settings: Settings, ranks: Alone, on_gpu: bool) -> Run:
     trainer = Trainer(updater, StopAfter(settings.iteration), out=str(settings.out))
     _extend(trainer, settings, ranks, Detector(model, decoder=settings.decoder), test_set)
     if settings.resume is not None:
-        _resume(trainer, settings, ranks)
+        _resume(trainer, settings.resume, settings, ranks)
     return Run(settings, ranks, model, trainer)
 
 
@@ -243,13 +243,13 @@ def _extend(
     trainer.extend(checkpoints, name="Checkpoints", trigger=every(settings.checkpoint_interval, last))
 
 
-def _resume(trainer: Trainer, settings: Settings, ranks: Alone) -> None:
-    origin = settings.out if settings.resume == "auto" else Path(settings.resume)
+def _resume(trainer: Trainer, wanted: str, settings: Settings, ranks: Alone) -> None:
+    origin = settings.out if wanted == "auto" else Path(wanted)
     iteration = resume(trainer, origin, settings.numerics(), ranks)
     if iteration is not None:
         if ranks.rank == 0:
             print(f"Goes on after iteration {iteration}.", flush=True)
-    elif settings.resume != "auto":
+    elif wanted != "auto":
         raise InputError(
             f"There is no complete checkpoint in {origin}: name another one, or leave --resume out."
         )
