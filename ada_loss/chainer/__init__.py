@@ -14,6 +14,7 @@ __all__ = [
     "AdaLossLinear",
     "AdaLossScaled",
     "Diverged",
+    "extensions",
     "functions",
     "kernels",
     "links",
