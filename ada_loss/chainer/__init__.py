@@ -2,7 +2,7 @@
 
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 
-from ada_loss.chainer import backward, functions, kernels, links
+from ada_loss.chainer import backward, extensions, functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.scaled import AdaLossScaled
