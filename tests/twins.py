@@ -59,8 +59,9 @@ def assert_exact(
 
 def weighted_sum(results: Any) -> chainer.Variable:
     """A loss that depends on every element of every result in its own way."""
-    results = results if isinstance(results, tuple | list) else [results]
-    return sum(F.sum(F.sin(y * 1.25) * _weights(y.shape)) for y in results if y is not None)
+    if isinstance(results, tuple | list):
+        return sum(weighted_sum(result) for result in results if result is not None)
+    return F.sum(F.sin(results * 1.25) * _weights(results.shape))
 
 
 def _weights(shape: tuple[int, ...]) -> Any:
