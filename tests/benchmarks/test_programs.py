@@ -70,15 +70,6 @@ def test_mixed16_ratio_compares_with_chainers_own_float32() -> None:
     assert len(ratios) == 4 and ratios[0] == 1 and min(ratios) > 0
 
 
-def test_an_unknown_model_ends_with_a_sentence() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/step_time.py", "--models", "mlp7"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "invalid choice: 'mlp7'" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_vs_pytorch_compares_both_frameworks_or_says_what_it_needs() -> None:
     if find_spec("torch"):
         output = run("vs_pytorch", "--models", "resnet20")
