@@ -130,7 +130,8 @@ def _summarize_chunk(chunk: np.ndarray, logs: bool) -> Statistics:
         return Statistics(chunk.size, 0, 0.0, 0.0, 0.0, True)
     magnitudes = _widen(bits, chunk.dtype)
     logarithms = np.log(magnitudes[bits > 0], dtype=np.float64) if logs else np.zeros(1)
-    sum_squares = float(magnitudes @ magnitudes)
+    # Not the dot product: BLAS would wake threads that others are using.
+    sum_squares = float(np.square(magnitudes).sum(dtype=np.float64))
     bits -= one  # zero becomes the largest integer, so the minimum passes it over
     return Statistics(
         count=chunk.size,

@@ -70,8 +70,9 @@ class BackwardPass:
             variable, gradient = leaf.get_variable_or_none(), self.pop(leaf)
             if variable is None or gradient is None:
                 continue
-            if scoped and isinstance(variable, chainer.Parameter):
-                adopt(variable).receive(gradient, passes.loss_scale())
+            if isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
+                # Without a scope in this pass, what the gradient was added to was in flight.
+                adopt(variable).receive(gradient, passes.loss_scale(), scoped=scoped)
             else:
                 # Passes inside this one, which F.forget starts, may have reached the leaf as well.
                 total = add([gradient, *_take_present(leaf)])
@@ -106,6 +107,7 @@ class BackwardPass:
             self._leaves[node] = self._leaves.get(node, False) or tag is not None
         elif tag is None and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
+            passes.note_entry(inside.scope.policy)
             gradient = InFlight(shifted(gradient.array, exponent), exponent)
         self._gradients.setdefault(node, []).append(gradient)
 

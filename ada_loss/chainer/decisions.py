@@ -32,6 +32,9 @@ from ada_loss.casting import cast
 from ada_loss.chainer.gradient import shifted
 from ada_loss.statistics import module_of
 
+_MOST_CARRIED = 60
+"""The largest shift that rides on a weight of float32 or wider."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -88,11 +91,16 @@ def _einsum_terms(function: Any, gy: Any) -> int:
     return math.prod(sizes.values())
 
 
+def _fan_of(terms: int, operand: Any) -> int:
+    # Elements that no product meets, as those off a diagonal, make the quotient smaller than one.
+    return max(1, terms // max(1, math.prod(operand.shape)))
+
+
 def _both_operands(terms: Callable[[Any, Any], int]) -> tuple[Product, Product]:
     """The products of a function of two operands; every element takes part in equally many of all `terms`."""
 
     def fan(operand: int) -> Callable[[Any, Any], int]:
-        return lambda function, gy: terms(function, gy) // max(1, math.prod(function.inputs[operand].shape))
+        return lambda function, gy: _fan_of(terms(function, gy), function.inputs[operand])
 
     return Product(0, 1, fan(0), None), Product(1, 0, fan(1), None)
 
@@ -189,7 +197,9 @@ def _scaled_operands(weight: Any, gy: Any, shift: int) -> tuple[Any, Any]:
     On NumPy a float16 weight becomes float32, in which the product is computed anyway.
     """
     if weight.dtype != np.float16:
-        return shifted(weight, shift), gy
+        # Wide formats hold gradients so small that a weight cannot carry the whole shift.
+        carried = max(-_MOST_CARRIED, min(shift, _MOST_CARRIED))
+        return shifted(weight, carried), shifted(gy, shift - carried)
     if module_of(weight) is np:
         return shifted(weight, shift, np.float32), gy
     scaled = shifted(weight, shift)

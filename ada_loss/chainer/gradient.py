@@ -40,10 +40,10 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
 
 
 def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
-    """Bring gradients to one exponent: the largest of theirs at which their sum cannot overflow.
+    """Bring gradients to one exponent: the largest, not above theirs, at which their sum cannot overflow.
 
-    Where no exponent of theirs is low enough, the largest lower one. Gradients whose exponents agree stay as
-    they are in formats wider than float16. Returns the arrays, new ones where they differ, and the exponent.
+    Gradients whose exponents agree stay as they are in formats wider than float16. Returns the arrays, new
+    ones where they differ, and the exponent.
     """
     exponents = {gradient.exponent for gradient in gradients}
     target = max(exponents)
@@ -67,12 +67,10 @@ def add(gradients: Sequence[InFlight]) -> InFlight:
 def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:
     limit = float(np.finfo(gradients[0].array.dtype).max)
     peaks = [(largest_magnitude(gradient.array), gradient.exponent) for gradient in gradients]
-    total = math.fsum(math.ldexp(peak, largest - exponent) for peak, exponent in peaks)
-    if not total > limit or not math.isfinite(total):
+    smallest = min(exponent for _, exponent in peaks)
+    # At the smallest exponent nothing is scaled up, so Python's own range is enough.
+    total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in peaks)
+    if not total or not math.isfinite(total):
         return largest
-    below = sorted({gradient.exponent for gradient in gradients}, reverse=True)[1:]
-    for exponent in below:
-        if math.ldexp(total, exponent - largest) <= limit:
-            return exponent
-    needed = math.frexp(total / limit)[1]
-    return largest - needed
+    excess = math.frexp(total / limit)[1] + largest - smallest
+    return largest - max(0, excess)

@@ -9,6 +9,7 @@ from typing import Any
 import chainer
 import numpy as np
 
+from ada_loss.chainer import passes
 from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled
@@ -63,9 +64,14 @@ class PreparedOptimizer:
         else:
             self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
             self.update_loss_scale()  # type: ignore[attr-defined]
-        for scope in scopes(self.target):
-            scope.policy.end_step(finite=finite)
+        own = {scope.policy for scope in scopes(self.target)}
+        for policy in own:
+            policy.end_step(finite=finite)
+        entered = passes.take_entered()
         if not finite:
+            # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
+            for policy in entered - own:
+                policy.entry = policy.entry.after(finite=False)
             self._answer_overflow()
 
     def check_nan_in_grads(self) -> None:

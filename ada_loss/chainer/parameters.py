@@ -53,10 +53,12 @@ class ScaledParameter(chainer.Parameter):
     master: Any = None
     """float32 values of a float16 parameter, kept by a prepared optimizer; None before its first update."""
 
-    def receive(self, gradient: InFlight, loss_scale: float) -> None:
-        """Add a gradient from a scope, which carries `loss_scale` besides its exponent; no array is
-        modified."""
-        self._scoped = True
+    def receive(self, gradient: InFlight, loss_scale: float, *, scoped: bool = True) -> None:
+        """Add a gradient, which carries `loss_scale` besides its exponent; no array is modified.
+
+        scoped: whether a scope contributed to it.
+        """
+        self._scoped |= scoped
         self._add(gradient, loss_scale)
 
     def take(self, loss_scale: float) -> InFlight | None:
@@ -90,11 +92,16 @@ class ScaledParameter(chainer.Parameter):
             return total
 
     def arrays(self) -> list[Any]:
-        """Every array that the gradient is the sum of."""
-        settled = self._settled()
-        return [gradient.array for gradient in self._in_flight.values()] + (
-            [] if settled is None else [settled]
-        )
+        """Arrays that are finite exactly if the true gradient is.
+
+        A gradient in flight may be finite although the true one is not, where it was scaled down.
+        """
+        settled, parts = self._settled(), list(self._in_flight.values())
+        if not parts:
+            return [] if settled is None else [settled]
+        if settled is None and len(parts) == 1 and parts[0].exponent >= 0:
+            return [parts[0].array]
+        return [self.true_gradient()]
 
     def lend(self, array: Any) -> None:
         """Show `array` as a plain gradient of Chainer's, for a communicator to average in place; `reclaim`
@@ -265,7 +272,7 @@ def _conceal(
     parameter: ScaledParameter, half: Any, in_flight: Mapping[float, InFlight], settled: Any
 ) -> None:
     if half.dtype == np.float16:
-        parameter.master = parameter.array
+        parameter.master = cast(parameter.array, np.float32)
         half[...] = cast(parameter.master, np.float16)
         parameter.array = half
     parameter._set_grad_without_check(settled)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 
 class _Passes(threading.local):
     scale: float | None = None
+
+    def __init__(self) -> None:
+        self.entered: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 _passes = _Passes()
@@ -27,6 +31,18 @@ def running() -> bool:
 def loss_scale() -> float:
     """The loss scale of the pass that is running, 1 where there is none."""
     return _passes.scale or 1.0
+
+
+def note_entry(policy: Any) -> None:
+    """Note that gradients have entered a scope with this policy's entry scale."""
+    _passes.entered.add(policy)
+
+
+def take_entered() -> set[Any]:
+    """The policies noted in this thread since this was asked last."""
+    entered = set(_passes.entered)
+    _passes.entered.clear()
+    return entered
 
 
 def noting(engine: Callable[..., None]) -> Callable[..., None]:

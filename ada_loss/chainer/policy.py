@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ada_loss.chainer import passes
 from ada_loss.chainer.branches import FanOut
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
@@ -39,9 +40,13 @@ class ShiftPolicy:
         self.branches: tuple[FanOut, ...] | None = None
         self._shifts: dict[Site, int] = {}
         self._calls: Counter[str] = Counter()
+        self._met: set[Site] = set()
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
+        if self._met and not passes.running():
+            # A backward pass has been since: without a prepared optimizer nobody says that a step ended.
+            self.begin_step()
         self._calls[path] += 1
         return self._calls[path] - 1
 
@@ -61,6 +66,7 @@ class ShiftPolicy:
         weight, fan, channel_axis: see `ada_loss.rules.measure`; no weight at a cast. config: the site's own
         settings.
         """
+        self._met.add(site)
         config = config or self.layers.get(site.path, self.config)
         due = self.iteration % config.update_per_n_iteration == 0
         if not due and site in self._shifts:
@@ -76,11 +82,15 @@ class ShiftPolicy:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""
         self.entry = self.entry.after(finite=finite)
         self.iteration += 1
+        # Sites that do not come up any more would pile up.
+        self._shifts = {site: shift for site, shift in self._shifts.items() if site in self._met}
+        self.decisions = {site: decision for site, decision in self.decisions.items() if site in self._met}
         self.begin_step()
 
     def begin_step(self) -> None:
         """Count the applications of each layer from zero again."""
         self._calls.clear()
+        self._met.clear()
 
     def to_json(self) -> str:
         """Everything that decides the next step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,10 @@ def map_variables(change: Callable[[chainer.Variable], chainer.Variable], value:
         changed = [map_variables(change, item) for item in value.values()]
         if all(new is old for new, old in zip(changed, value.values(), strict=True)):
             return value
-        return type(value)(zip(value, changed, strict=True))
+        # A copy keeps what subclasses hold besides, such as the factory of a defaultdict.
+        new = copy.copy(value)
+        new.update(zip(value, changed, strict=True))
+        return new
     if type(value) in (tuple, list) or isinstance(value, tuple) and hasattr(value, "_fields"):
         changed = [map_variables(change, item) for item in value]
         if all(new is old for new, old in zip(changed, value, strict=True)):

@@ -43,8 +43,8 @@ def test_fan_out_aligns_to_the_largest_safe_exponent(rng):
 def test_alignment_falls_to_a_lower_exponent_where_the_sum_would_overflow():
     large, small = InFlight(np.float16([30000.0]), 0), InFlight(np.float16([1.0]), 2)
     arrays, exponent = align([large, small])
-    assert exponent == 0
-    assert [array.item() for array in arrays] == [30000.0, 0.25]
+    assert exponent == 1
+    assert [array.item() for array in arrays] == [60000.0, 0.5]
 
 
 def test_alignment_goes_below_every_incoming_exponent_if_it_has_to():

@@ -1,0 +1,137 @@
+"""Corners in which gradients were once wrong, lost or refused without need."""
+
+import collections
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+from ada_loss.chainer import AdaLossScaled, prepare
+from ada_loss.chainer.gradient import InFlight, add
+from helpers import dtype
+
+
+def one_weight(**settings):
+    with dtype("float16"):
+        return AdaLossScaled(L.Linear(1, 1, nobias=True, initialW=1), **settings)
+
+
+def test_a_pass_from_outside_keeps_what_is_in_flight():
+    wrapped, other = one_weight(init_scale=1024), one_weight()
+    x = np.full((1, 1), 2.0**-4, np.float16)
+    wrapped.cleargrads()
+    (F.sum(wrapped(x)) * np.float32(2.0**-21)).backward()
+    outside = F.cast(F.sum(wrapped.link.W**2), np.float32) * np.float32(0)
+    (F.sum(other(x)) + outside).backward()
+    assert wrapped.true_gradients()["/W"].item() == 2.0**-25
+
+
+@pytest.mark.parametrize("method", ["fixed", "approx_range", "auto"])
+def test_a_step_whose_true_gradient_is_infinite_is_skipped(method):
+    layers = L.Linear(2, 2, initialW=1e-3), L.Linear(2, 2, initialW=100)
+    model = AdaLossScaled(chainer.Sequential(*layers), method)
+    optimizer = prepare(chainer.optimizers.SGD(1e-3).setup(model))
+    with np.errstate(over="ignore", invalid="ignore"):
+        optimizer.update(lambda: F.sum(model(np.ones((1, 2), np.float32)) * np.float32(1e37)))
+    assert (optimizer.overflow.skipped, optimizer.t) == (1, 0)
+    assert all(np.isfinite(parameter.array).all() for parameter in model.params())
+
+
+def test_an_overflow_lowers_the_scale_with_which_gradients_entered_another_optimizers_scope():
+    with dtype("float16"):
+        generator = AdaLossScaled(L.Linear(2, 2, initialW=1), "fixed", output_dtype=None)
+        critic = AdaLossScaled(L.Linear(2, 1, initialW=1), "fixed", init_scale=2.0**15)
+    optimizer = prepare(chainer.optimizers.SGD(0.0).setup(generator))
+    x = np.ones((1, 2), np.float16)
+    for _ in range(12):
+        optimizer.update(lambda: F.sum(critic(generator(x))) * np.float32(64))
+    assert 0 < optimizer.overflow.skipped < 12
+    assert critic.policy.entry.exponent < 15
+
+
+def test_a_small_branch_survives_next_to_a_large_one():
+    large, small = np.float16([60000, 2.0**-6]), np.float16([1, 0])
+    total = add([InFlight(large, 20), InFlight(small, 0)])
+    np.testing.assert_allclose(
+        np.ldexp(total.array.astype(np.float64), -total.exponent), [1 + 60000 * 2.0**-20, 2.0**-26], rtol=1e-3
+    )
+
+
+def test_exponents_of_any_distance_can_be_added():
+    total = add([InFlight(np.float16([1]), 1100), InFlight(np.float16([1]), 0)])
+    assert (total.array.item(), total.exponent) == (2.0**15, 15)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-120, 2.0**100])
+def test_float32_gradients_near_the_ends_of_their_range_stay_finite(magnitude):
+    plain = L.Linear(3, 2, initialW=1.5)
+    gradients = []
+    for link in (plain, AdaLossScaled(plain, "auto")):
+        x = chainer.Variable(np.ones((1, 3), np.float32))
+        y = link(x)
+        y.grad = np.full((1, 2), magnitude, np.float32)
+        y.backward()
+        gradients.append(x.grad)
+    np.testing.assert_array_equal(*gradients)
+
+
+@pytest.mark.parametrize("subscripts, shape", [("ii,i->i", (3, 3)), ("iij,j->i", (3, 3, 3))])
+def test_einsum_with_a_repeated_index_is_a_decision_point_like_any_other(subscripts, shape):
+    class Einsum(chainer.Link):
+        def forward(self, a, b):
+            return F.einsum(subscripts, a, b)
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape, (3,))]
+    found = []
+    for link in (Einsum(), AdaLossScaled(Einsum())):
+        variables = [chainer.Variable(array) for array in arrays]
+        F.sum(link(*variables)).backward()
+        found.append([variable.grad for variable in variables])
+    for plain, scoped in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, scoped)
+
+
+def test_what_is_remembered_of_layers_does_not_grow_without_an_optimizer():
+    parent = chainer.Sequential(AdaLossScaled(chainer.Sequential(L.Linear(2, 2), L.Linear(2, 2))))
+    x = np.ones((1, 2), np.float32)
+    for _ in range(5):
+        parent.cleargrads()
+        F.sum(parent(x)).backward()
+    assert len(parent[0].decisions) == 1
+
+
+def test_sites_that_do_not_come_up_any_more_are_forgotten():
+    model = AdaLossScaled(L.Linear(2, 2), update_per_n_iteration=100)
+    optimizer = prepare(chainer.optimizers.SGD(0.1).setup(model))
+    x = chainer.Variable(np.ones((1, 2), np.float32))
+    for calls in range(4):
+        optimizer.update(lambda: F.sum(model(x)))
+        for _ in range(calls):
+            model(x)
+    assert len(model.decisions) == 1
+
+
+def test_results_may_come_in_any_dictionary():
+    class Link(chainer.Link):
+        def forward(self, x):
+            results = collections.defaultdict(list)
+            results["y"].append(x)
+            return results
+
+    y = AdaLossScaled(Link())(chainer.Variable(np.ones(2, np.float16)))
+    assert y["y"][0].dtype == np.float32
+    assert y["missing"] == []
+
+
+def test_gradients_too_small_for_their_squares_are_left_as_they_are():
+    model = AdaLossScaled(L.Linear(2, 2, initialW=np.eye(2)))
+    model.link.W.array = model.link.W.array.astype(np.float64)
+    model.link.b.array = model.link.b.array.astype(np.float64)
+    x = chainer.Variable(np.ones((1, 2)))
+    y = model(x)
+    y.grad = np.full((1, 2), 1e-200)
+    y.backward()
+    np.testing.assert_array_equal(x.grad, np.full((1, 2), 1e-200))
