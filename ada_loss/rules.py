@@ -21,12 +21,12 @@ from ada_loss.statistics import NOTHING, ONE, Statistics, extremes_by_row, modul
 
 __all__ = ["METHODS", "Measurement", "choose_shift", "measure"]
 
-AUTO_HEADROOM = 8
+AUTO_HEADROOM = 10
 """How many powers of two `auto` keeps between the peak that it expects and the largest float16.
 
-Found with benchmarks/fidelity.py: with 6 or fewer, sums in float16 between two layers overflow (the
-gradients of layer normalization's and of embeddings' parameters); with 10 or more, single elements of very
-skewed gradients underflow. The signal-to-noise ratio is the same from 0 to 18.
+Weight gradients carry the exponent of their layer's output gradient and are sums over many positions: with 8
+the first step of the small SSD overflows. With 10 single elements of very skewed gradients underflow
+(benchmarks/fidelity.py); the signal-to-noise ratio is the same from 0 to 18.
 """
 
 AUTO_DEVIATIONS = 8.0
