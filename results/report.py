@@ -58,7 +58,7 @@ def precision_text(summary: Summary) -> str:
     """Mean and spread in one cell, and how many runs diverged."""
     if summary.mean is None:
         return "diverged"
-    text = f"{summary.mean:.4f} ± {summary.spread:.4f}"
+    text = f"{summary.mean:.4f}" + (f" ± {summary.spread:.4f}" if len(summary.precisions) > 1 else "")
     return f"{text} ({summary.n_diverged} of {summary.n_runs} diverged)" if summary.n_diverged else text
 
 
