@@ -1,0 +1,218 @@
+"""Random graphs: exact in float32 whatever they are, and in float16 as good as rounding allows.
+
+A graph is a list of steps, each of which applies a function to earlier values of shape (3, 4) and adds its
+results to them. Values and layers may be used any number of times, or never.
+"""
+
+import os
+
+import chainer
+import chainer.functions as F
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ada_loss.chainer import AdaLossScaled, functions
+from twins import assert_exact
+
+ROWS, SIZE = 3, 4
+EXAMPLES = int(os.environ.get("ADA_LOSS_EXAMPLES", "30"))
+
+STEPS = {
+    "linear": lambda m, a, b, c: F.linear(a, m.W0, m.b0),
+    "another linear": lambda m, a, b, c: F.linear(a, m.W1),
+    "convolution": lambda m, a, b, c: _flat(F.convolution_2d(_image(a), m.K, pad=1)),
+    "deconvolution": lambda m, a, b, c: _flat(F.deconvolution_2d(_image(a), m.K, pad=1)),
+    "relu": lambda m, a, b, c: F.relu(a),
+    "sum": lambda m, a, b, c: a + b,
+    "sum of three": lambda m, a, b, c: F.add(a, b, c),
+    "doubled": lambda m, a, b, c: 0.5 * (a + a),
+    "gate": lambda m, a, b, c: a * F.sigmoid(b),
+    "scaled": lambda m, a, b, c: F.scale(a, m.b0, axis=1),
+    "concatenated": lambda m, a, b, c: F.linear(F.concat([a, b]), m.V),
+    "split": lambda m, a, b, c: F.split_axis(F.linear(a, m.U), 2, axis=1),
+    "attention": lambda m, a, b, c: F.matmul(0.25 * F.matmul(a, b, transb=True), c),
+    "rolled": lambda m, a, b, c: F.transpose(F.reshape(a, (SIZE, ROWS))),
+    "mean": lambda m, a, b, c: F.broadcast_to(F.mean(a, axis=0, keepdims=True), (ROWS, SIZE)),
+    "branch": lambda m, a, b, c: functions.branch(a, 2),
+    "forgotten": lambda m, a, b, c: F.forget(lambda x, y: F.linear(F.linear(x, m.F0), m.F1) + y, a, b),
+    "einsum": lambda m, a, b, c: F.einsum("ij,jk->ik", a, m.W0),
+}
+"""What is done with values and parameters; derivatives in terms of magnitudes bound the true ones."""
+
+EXACT_ONLY = {
+    "soft attention": lambda m, a, b, c: F.matmul(F.softmax(F.matmul(a, b, transb=True)), c),
+    # Its derivative is a difference of nearly equal float16 numbers where it saturates.
+    "tanh": lambda m, a, b, c: F.tanh(a),
+    "dropout": lambda m, a, b, c: F.dropout(a, 0.3),
+    "maximum": lambda m, a, b, c: F.maximum(a, b),
+    "softmax": lambda m, a, b, c: F.softmax(a),
+    "normalized": lambda m, a, b, c: F.layer_normalization(a, m.b0, m.b0),
+    "where": lambda m, a, b, c: F.where(a.array > 0, b, c),
+    "sine": lambda m, a, b, c: F.sin(a),
+    "product": lambda m, a, b, c: F.sin(a) * (2 + F.sin(b)),
+    "pooled": lambda m, a, b, c: _flat(F.max_pooling_2d(_image(a), 2, stride=1, pad=1)[:, :, :2, :2]),
+    "detached": lambda m, a, b, c: a + chainer.Variable(b.array),
+    "kept": lambda m, a, b, c: m.keep(a),
+}
+
+
+def _image(a):
+    return F.reshape(a, (ROWS, 1, 2, 2))
+
+
+def _flat(a):
+    return F.reshape(a, (ROWS, SIZE))
+
+
+class Program(chainer.Link):
+    """A graph: steps (name, indexes of three values) and the indexes of its results.
+
+    hold: called with every value that a step makes, gives the value that is used in its place.
+    """
+
+    def __init__(self, steps, results):
+        super().__init__()
+        self.steps, self.results = steps, results
+        self.hold = lambda value: value
+        normal = chainer.initializers.Normal(0.5)
+        with self.init_scope():
+            self.W0 = chainer.Parameter(normal, (SIZE, SIZE))
+            self.W1 = chainer.Parameter(normal, (SIZE, SIZE))
+            # Plain Chainer loses gradients of parameters that are used in F.forget and elsewhere.
+            self.F0 = chainer.Parameter(normal, (SIZE, SIZE))
+            self.F1 = chainer.Parameter(normal, (SIZE, SIZE))
+            self.V = chainer.Parameter(normal, (SIZE, 2 * SIZE))
+            self.U = chainer.Parameter(normal, (2 * SIZE, SIZE))
+            self.K = chainer.Parameter(normal, (1, 1, 3, 3))
+            self.b0 = chainer.Parameter(normal, (SIZE,))
+
+    def forward(self, *inputs):
+        values = list(inputs)
+        for name, *places in self.steps:
+            made = (STEPS | EXACT_ONLY)[name](self, *(values[place % len(values)] for place in places))
+            values += [self.hold(value) for value in (made if isinstance(made, tuple) else (made,))]
+        return [values[place % len(values)] for place in (-1, *self.results)]
+
+    def keep(self, value):
+        self.kept = value
+        return F.tanh(value)
+
+
+def programs(names):
+    place = st.integers(0, 30)
+    steps = st.lists(st.tuples(st.sampled_from(sorted(names)), place, place, place), min_size=1, max_size=14)
+    return st.builds(Program, steps, st.lists(place, max_size=3))
+
+
+def with_examples(share, **given_arguments):
+    """A property that is checked on a few random examples, always the same ones."""
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    configured = settings(
+        max_examples=EXAMPLES // share,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=checks,
+    )
+    return lambda test: configured(given(**given_arguments)(test))
+
+
+def weights(count):
+    """The derivative of the loss by each of `count` results."""
+    return np.linspace(-1, 1.5, count * ROWS * SIZE, dtype=np.float32).reshape(count, ROWS, SIZE)
+
+
+def weighted(results):
+    """A loss that is linear in the results, as float32 or wider."""
+    wide = [y if y.dtype != np.float16 else F.cast(y, np.float32) for y in results]
+    pairs = zip(wide, weights(len(wide)), strict=True)
+    return sum(F.sum(y * factor.astype(y.dtype)) for y, factor in pairs)
+
+
+def drawn(seed):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((ROWS, SIZE)).astype(np.float32) for _ in range(2)]
+
+
+@with_examples(
+    1, program=programs(STEPS | EXACT_ONLY), seed=st.integers(0, 99), order=st.permutations(range(4))
+)
+def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order):
+    def run(model, *xs):
+        results = model(*xs)
+        # Results are used in any order, as far as there are as many, and a kept value as well.
+        results = [results[place] for place in order if place < len(results)]
+        return weighted(results + ([model.kept] if hasattr(model, "kept") else []))
+
+    scaled = assert_exact(program, drawn(seed), run, decisions=ANY)
+    assert all(abs(decision.exponent) < 100 for decision in scaled.decisions)
+
+
+class _Any:
+    """Equal to every number."""
+
+    def __eq__(self, other):
+        return True
+
+
+ANY = _Any()
+
+
+# Without a scale, and by the paper's rule, which lets a share underflow, small losses have worse gradients.
+@pytest.mark.parametrize(("method", "smallest"), [("auto", -24), ("approx_range", -6), ("fixed", -6)])
+@with_examples(2, program=programs(STEPS), seed=st.integers(0, 99), power=st.integers(0, 28))
+def test_in_float16_gradients_are_as_good_as_rounding_allows(method, smallest, program, seed, power):
+    power = max(smallest, 4 - power)
+    inputs = [x.astype(np.float16) for x in drawn(seed)]
+    for parameter in program.params():
+        parameter.array = parameter.array.astype(np.float16)
+    held = []
+    program.hold = lambda value: held.append(value.array) or value
+    unbounded = {"scale_upper_bound": None, "accum_upper_bound": None}
+    scaled = AdaLossScaled(program, method, **unbounded)
+    scaled.cleargrads()
+    (weighted(scaled(*map(chainer.Variable, inputs))) * 2.0**power).backward()
+    found = {
+        path: np.ldexp(gradient.astype(np.float64), -power) for path, gradient in given_gradients(scaled)
+    }
+
+    exact = reference(program, inputs, held, lambda array: array)
+    # The same with every factor's magnitude: what relative errors of the factors can add up to.
+    most = reference(program, inputs, held, np.abs)
+    for path, gradient in found.items():
+        error = np.linalg.norm(gradient - exact[path])
+        bound = 4 * (len(program.steps) + 2) * 2.0**-11 * np.linalg.norm(most[path])
+        assert error <= bound, (path, error / bound)
+
+
+def given_gradients(scaled):
+    return [(path, g) for path, g in scaled.true_gradients().items() if g is not None]
+
+
+def reference(program, inputs, held, change):
+    """Gradients in float64 of a program whose values are held at given ones, all of them changed."""
+    twin = Program(program.steps, program.results)
+    for path, parameter in twin.namedparams():
+        parameter.array = change(dict(program.namedparams())[path].array.astype(np.float64))
+    values = iter(held)
+    twin.hold = lambda value: Held(change(next(values).astype(np.float64))).apply((value,))[0]
+    twin.cleargrads()
+    results = twin(*(chainer.Variable(change(x.astype(np.float64))) for x in inputs))
+    factors = change(weights(len(results)).astype(np.float64))
+    sum(F.sum(y * factor) for y, factor in zip(results, factors, strict=True)).backward()
+    return {path: np.zeros(p.shape) if p.grad is None else p.grad for path, p in twin.namedparams()}
+
+
+class Held(chainer.FunctionNode):
+    """Another value in a variable's place; its gradient is the variable's."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def forward(self, inputs):
+        return (self.value,)
+
+    def backward(self, targets, gys):
+        return gys
