@@ -17,7 +17,7 @@ from typing import Any
 
 from ada_loss.config import METHODS, AdaLossConfig
 from ada_loss.formats import FLOAT16
-from ada_loss.statistics import NOTHING, ONE, Statistics, extremes_by_row, module_of, summarize
+from ada_loss.statistics import NOTHING, ONE, Statistics, begin_product_extremes, fetch, module_of, summarize
 
 __all__ = ["METHODS", "Measurement", "choose_shift", "measure"]
 
@@ -92,9 +92,10 @@ def measure(
     method = config.loss_scale_method
     if method == "fixed":
         return Measurement(NOTHING)
+    smallest = _SUFFICIENT_SCALES.get(method) is _scale_for_smallest
     if weight is None:
-        return Measurement(summarize(gy, logs=config.cast_distribution == "log_normal"))
-    measurement = Measurement(summarize(gy), summarize(weight), fan)
+        return Measurement(summarize(gy, smallest=smallest, logs=config.cast_distribution == "log_normal"))
+    measurement = Measurement(summarize(gy, smallest=smallest), summarize(weight, smallest=smallest), fan)
     if method != "element_wise_range" or channel_axis is None or measurement.zero or not measurement.finite:
         return measurement
     return replace(measurement, products=_product_extremes(gy, weight, channel_axis))
@@ -167,13 +168,7 @@ def _product_extremes(gy: Any, weight: Any, channel_axis: int) -> tuple[float, f
     """Smallest nonzero and largest |gy * W| over every pair that shares a channel."""
     channels = gy.shape[1]
     gy_rows = module_of(gy).moveaxis(gy, 1, 0).reshape(channels, -1)
-    smallest, largest = math.inf, 0.0
-    pairs = zip(extremes_by_row(gy_rows), extremes_by_row(_rows(weight, channel_axis, channels)), strict=True)
-    for (gy_low, gy_high), (weight_low, weight_high) in pairs:
-        if gy_high and weight_high:
-            smallest = min(smallest, gy_low * weight_low)
-            largest = max(largest, gy_high * weight_high)
-    return (smallest if largest else 0.0), largest
+    return fetch([begin_product_extremes(gy_rows, _rows(weight, channel_axis, channels))])[0]
 
 
 def _rows(weight: Any, channel_axis: int, channels: int) -> Any:

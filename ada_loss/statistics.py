@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 CHUNK = 1 << 15
 """Elements read at a time on NumPy: few enough for the cache, enough to drown the cost of the calls."""
@@ -24,7 +29,8 @@ class Statistics:
 
     count, nonzero: how many elements there are, and how many are not zero.
     sum_squares: the sum of the squares.
-    largest, smallest: the largest and the smallest nonzero magnitude, 0 where every element is zero.
+    largest: the largest magnitude, 0 where every element is zero.
+    smallest: the smallest nonzero magnitude, 0 where every element is zero; 0 unless asked for.
     sum_logs, sum_squared_logs: sums of ln|x| and (ln|x|)^2 over the nonzero elements; 0 unless asked for.
     """
 
@@ -50,6 +56,32 @@ class Statistics:
         mean = self.sum_logs / self.nonzero
         return mean, math.sqrt(max(0.0, self.sum_squared_logs / self.nonzero - mean * mean))
 
+    def scaled(self, shift: int) -> Statistics:
+        """Statistics of the array times 2**shift.
+
+        A figure that would leave the range of Python's floats stops at its end, so that what is not zero
+        stays so, and finite. The sums of logarithms mean nothing afterwards unless they were asked for.
+        """
+        if not self.finite:
+            return self
+        moved = shift * math.log(2)
+        return replace(
+            self,
+            sum_squares=_ldexp(self.sum_squares, 2 * shift),
+            largest=_ldexp(self.largest, shift),
+            smallest=_ldexp(self.smallest, shift),
+            sum_logs=self.sum_logs + self.nonzero * moved,
+            sum_squared_logs=self.sum_squared_logs + moved * (2 * self.sum_logs + self.nonzero * moved),
+        )
+
+
+def _ldexp(value: float, shift: int) -> float:
+    """value * 2**shift for a value of at least 0, held between the smallest and the largest Python float."""
+    try:
+        return max(math.ldexp(value, shift), math.ulp(0.0)) if value else 0.0
+    except OverflowError:
+        return sys.float_info.max
+
 
 _MASKS = {
     kind.itemsize: (kind.type(np.iinfo(kind).max >> 1), kind.type(1))
@@ -67,14 +99,85 @@ def module_of(array: Any) -> ModuleType:
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def summarize(array: Any, *, logs: bool = False) -> Statistics:
-    """Statistics of a floating-point array of any shape, contiguous or not; with `logs` of ln|x| too."""
+@dataclass(frozen=True)
+class OnDevice(Generic[T]):
+    """A result whose figures a GPU still computes.
+
+    figures: a vector of float64 on the device.
+    build: makes the result of them.
+    """
+
+    figures: Any
+    build: Callable[[list[float]], T]
+
+
+Begun: TypeAlias = T | OnDevice[T]
+"""A result of type T: ready where it was computed on the host, still on its way on a GPU. `fetch` tells."""
+
+
+def fetch(begun: Sequence[Begun[T]]) -> list[T]:
+    """The results of everything begun, in the same order; one transfer brings all of a GPU over."""
+    waiting = [each for each in begun if isinstance(each, OnDevice)]
+    if not waiting:
+        return list(begun)  # type: ignore[arg-type]
+    vectors = [each.figures for each in waiting]
+    figures = iter(module_of(vectors[0]).concatenate(vectors).tolist())
+    return [
+        each.build(list(islice(figures, each.figures.size))) if isinstance(each, OnDevice) else each
+        for each in begun
+    ]
+
+
+def summarize(array: Any, *, smallest: bool = False, logs: bool = False) -> Statistics:
+    """What `begin` describes; on a GPU this waits for it."""
+    return fetch([begin(array, smallest=smallest, logs=logs)])[0]
+
+
+def begin(array: Any, *, smallest: bool = False, logs: bool = False) -> Begun[Statistics]:
+    """Statistics of a floating-point array of any shape, contiguous or not, without waiting for a GPU.
+
+    smallest, logs: whether to look for the smallest magnitude, and to add up ln|x| and its square.
+    """
     if array.size == 0:
         return NOTHING
     if module_of(array) is not np:
-        return _summarize_on_device(array, logs)
+        return _begin_on_device(array, smallest, logs)
     chunks = np.nditer(array, ["external_loop", "buffered"], order="K", buffersize=CHUNK)
-    return merge([_summarize_chunk(np.asarray(chunk), logs) for chunk in chunks])
+    return merge([_summarize_chunk(np.asarray(chunk), smallest, logs) for chunk in chunks])
+
+
+def begin_product_extremes(gy_rows: Any, weight_rows: Any) -> Begun[tuple[float, float]]:
+    """Smallest nonzero and largest |gy * W| over every pair in the same row, (0, 0) where there is none.
+
+    gy_rows, weight_rows: matrices of floats with a row for each channel. Where one is not finite, the result
+        means nothing. Does not wait for a GPU.
+    """
+    if not gy_rows.size or not weight_rows.size:
+        return 0.0, 0.0
+    xp = module_of(gy_rows)
+    gy_low, gy_high = _extremes_by_row(gy_rows)
+    weight_low, weight_high = _extremes_by_row(weight_rows)
+    meets = (gy_high > 0) & (weight_high > 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        low = xp.where(meets, gy_low * weight_low, np.inf).min()
+        high = (gy_high * weight_high).max()
+    figures = xp.stack([low, high])
+    return _product_extremes(figures.tolist()) if xp is np else OnDevice(figures, _product_extremes)
+
+
+def _product_extremes(figures: list[float]) -> tuple[float, float]:
+    low, high = figures
+    return (low if high else 0.0), high
+
+
+def _extremes_by_row(matrix: Any) -> tuple[Any, Any]:
+    """Smallest nonzero and largest magnitude in every row, vectors of float64; 0 and 0 for a row of zeros."""
+    mask, one = _MASKS[matrix.itemsize]
+    bits = matrix.view(mask.dtype) & mask
+    high = bits.max(axis=1)
+    bits -= one  # as in _summarize_chunk
+    low = bits.min(axis=1) + one
+    return low.view(matrix.dtype).astype(np.float64), high.view(matrix.dtype).astype(np.float64)
 
 
 def largest_magnitude(array: Any) -> float:
@@ -108,16 +211,16 @@ def merge(parts: list[Statistics]) -> Statistics:
     return Statistics(
         count=sum(part.count for part in parts),
         nonzero=sum(part.nonzero for part in parts),
-        sum_squares=math.fsum(part.sum_squares for part in parts),
+        sum_squares=sum(part.sum_squares for part in parts),
         largest=max((part.largest for part in parts), default=0.0),
         smallest=min((part.smallest for part in parts if part.nonzero), default=0.0),
         finite=True,
-        sum_logs=math.fsum(part.sum_logs for part in parts),
-        sum_squared_logs=math.fsum(part.sum_squared_logs for part in parts),
+        sum_logs=sum(part.sum_logs for part in parts),
+        sum_squared_logs=sum(part.sum_squared_logs for part in parts),
     )
 
 
-def _summarize_chunk(chunk: np.ndarray, logs: bool) -> Statistics:
+def _summarize_chunk(chunk: np.ndarray, smallest: bool, logs: bool) -> Statistics:
     """Statistics of a contiguous vector, by way of its bits: without the sign they order as the magnitudes
     do, and integers are several times faster than float16 arithmetic."""
     mask, one = _MASKS[chunk.itemsize]
@@ -132,13 +235,16 @@ def _summarize_chunk(chunk: np.ndarray, logs: bool) -> Statistics:
     logarithms = np.log(magnitudes[bits > 0], dtype=np.float64) if logs else np.zeros(1)
     # Not the dot product: BLAS would wake threads that others are using.
     sum_squares = float(np.square(magnitudes).sum(dtype=np.float64))
-    bits -= one  # zero becomes the largest integer, so the minimum passes it over
+    low = 0.0
+    if smallest:
+        bits -= one  # zero becomes the largest integer, so the minimum passes it over
+        low = float((bits.min() + one).view(chunk.dtype))
     return Statistics(
         count=chunk.size,
         nonzero=nonzero,
         sum_squares=sum_squares,
         largest=largest,
-        smallest=float((bits.min() + one).view(chunk.dtype)),
+        smallest=low,
         finite=True,
         sum_logs=float(logarithms.sum()),
         sum_squared_logs=float(logarithms @ logarithms),
@@ -155,33 +261,34 @@ def _widen(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return magnitudes
 
 
-def _summarize_on_device(array: Any, logs: bool) -> Statistics:
+def _begin_on_device(array: Any, smallest: bool, logs: bool) -> OnDevice[Statistics]:
     xp = module_of(array)
     magnitudes = xp.abs(array).astype(np.float64)
     present = magnitudes > 0
+    logarithms = xp.log(xp.where(present, magnitudes, 1.0))
     figures = [
         xp.count_nonzero(present),
         xp.square(magnitudes).sum(),
         magnitudes.max(),
         xp.where(present, magnitudes, np.inf).min(),
+        logarithms.sum(),
+        xp.square(logarithms).sum(),
     ]
-    if logs:
-        logarithms = xp.log(xp.where(present, magnitudes, 1.0))
-        figures += [logarithms.sum(), xp.square(logarithms).sum()]
-    nonzero, sum_squares, largest, smallest, *log_sums = xp.stack(
-        [f.astype(np.float64) for f in figures]
-    ).tolist()
+    vector = xp.stack([f.astype(np.float64) for f in figures])
+    return OnDevice(vector, partial(_from_figures, array.size, smallest, logs))
+
+
+def _from_figures(count: int, smallest: bool, logs: bool, figures: list[float]) -> Statistics:
+    nonzero, sum_squares, largest, low, *sums_of_logs = figures
     if not math.isfinite(largest):
         return UNUSABLE
     return Statistics(
-        array.size, int(nonzero), sum_squares, largest, smallest if nonzero else 0.0, True, *log_sums
+        count=count,
+        nonzero=int(nonzero),
+        sum_squares=sum_squares,
+        largest=largest,
+        smallest=low if smallest and nonzero else 0.0,
+        finite=True,
+        sum_logs=sums_of_logs[0] if logs else 0.0,
+        sum_squared_logs=sums_of_logs[1] if logs else 0.0,
     )
-
-
-def extremes_by_row(matrix: Any) -> list[tuple[float, float]]:
-    """Smallest nonzero and largest magnitude in every row of a matrix, (0, 0) for a row of zeros."""
-    xp = module_of(matrix)
-    magnitudes = xp.abs(matrix).astype(np.float64)
-    low = xp.where(magnitudes > 0, magnitudes, np.inf).min(axis=1)
-    high = magnitudes.max(axis=1)
-    return [(low if high else 0.0, high) for low, high in xp.stack([low, high], axis=1).tolist()]

@@ -4,7 +4,20 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ada_loss.statistics import CHUNK, NOTHING, ONE, _summarize_on_device, extremes_by_row, merge, summarize
+from ada_loss.statistics import (
+    CHUNK,
+    NOTHING,
+    ONE,
+    UNUSABLE,
+    OnDevice,
+    Statistics,
+    _begin_on_device,
+    begin,
+    begin_product_extremes,
+    fetch,
+    merge,
+    summarize,
+)
 
 DTYPES = ["float16", "float32", "float64"]
 
@@ -17,10 +30,10 @@ def spread(shape, dtype, seed, log2_range=(-24, 12), zeros=0.3):
     return x.astype(dtype)
 
 
-def assert_summary_is_float64s(x, logs=True):
+def assert_summary_is_float64s(x):
     exact = np.abs(x.astype(np.float64))
     present = exact[exact > 0]
-    found = summarize(x, logs=logs)
+    found = summarize(x, smallest=True, logs=True)
     assert found.finite
     assert (found.count, found.nonzero) == (x.size, present.size)
     assert (found.largest, found.smallest) == (present.max(), present.min())
@@ -47,7 +60,8 @@ def test_subnormals_count_with_their_exact_value():
     rng = np.random.default_rng(2)
     x = (rng.integers(1, 1024, size=5000) * 2.0**-24).astype(np.float16)
     assert_summary_is_float64s(x)
-    assert summarize(np.array([0, 2.0**-24, -(2.0**-14)], np.float16)).smallest == 2.0**-24
+    halves = np.array([0, 2.0**-24, -(2.0**-14)], np.float16)
+    assert summarize(halves, smallest=True).smallest == 2.0**-24
 
 
 def test_squares_neither_overflow_nor_vanish():
@@ -67,7 +81,7 @@ def test_one_element_that_is_not_finite_is_seen(dtype, bad, position):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (CHUNK + 1,)])
 def test_all_zero_arrays_have_no_extremes(shape):
-    found = summarize(-np.zeros(shape, np.float16), logs=True)
+    found = summarize(-np.zeros(shape, np.float16), smallest=True, logs=True)
     assert (found.finite, found.nonzero, found.count) == (True, 0, math.prod(shape))
     assert (found.largest, found.smallest, found.mean_square, found.log_moments) == (0, 0, 0, (0, 0))
 
@@ -84,8 +98,9 @@ def test_the_way_for_devices_finds_the_same(dtype):
     bad = spread(100, dtype, seed=9)
     bad[7] = np.nan
     for x in (spread(5000, dtype, seed=8).reshape(50, 100), np.zeros((3, 4), dtype), bad):
-        for logs in (False, True):
-            found, expected = _summarize_on_device(x, logs), summarize(x, logs=logs)
+        for flags in ({"smallest": True, "logs": False}, {"smallest": False, "logs": True}):
+            (found,) = fetch([_begin_on_device(x, **flags)])
+            expected = summarize(x, **flags)
             assert (found.count, found.nonzero, found.finite) == (
                 expected.count,
                 expected.nonzero,
@@ -97,13 +112,73 @@ def test_the_way_for_devices_finds_the_same(dtype):
 
 
 def test_one_is_the_summary_of_a_one():
-    assert summarize(np.ones((), np.float32)) == ONE
+    assert summarize(np.ones((), np.float32), smallest=True) == ONE
+
+
+def test_what_was_not_asked_for_is_zero():
+    found = summarize(spread(1000, np.float16, seed=10))
+    assert (found.smallest, found.sum_logs, found.sum_squared_logs) == (0, 0, 0)
+
+
+class Device(np.ndarray):
+    """Stands in for an array on a GPU: NumPy's own, whose transfers are counted."""
+
+    transfers = 0
+
+    def tolist(self):
+        Device.transfers += 1
+        return super().tolist()
+
+
+def on_device(*figures):
+    return OnDevice(np.array(figures, np.float64).view(Device), sum)
+
+
+def test_everything_begun_comes_over_in_one_transfer_and_in_order(monkeypatch):
+    monkeypatch.setattr("ada_loss.statistics.module_of", lambda array: DeviceModule)
+    Device.transfers = 0
+    assert fetch([on_device(1, 2), "ready", on_device(3), on_device(4, 5, 6)]) == [3, "ready", 3, 15]
+    assert Device.transfers == 1
+
+
+class DeviceModule:
+    @staticmethod
+    def concatenate(vectors):
+        return np.concatenate(vectors).view(Device)
+
+
+def test_on_the_host_what_was_begun_is_ready():
+    x = spread(100, np.float16, seed=11)
+    assert isinstance(begin(x), Statistics)
+    assert fetch([begin(x), NOTHING]) == [summarize(x), NOTHING]
+
+
+@pytest.mark.parametrize("shift", [-30, -1, 0, 7, 40])
+def test_scaled_statistics_are_those_of_the_scaled_array(shift):
+    x = spread(1000, np.float64, seed=12)
+    found = summarize(x, smallest=True, logs=True).scaled(shift)
+    expected = summarize(np.ldexp(x, shift), smallest=True, logs=True)
+    assert (found.count, found.nonzero, found.finite) == (expected.count, expected.nonzero, True)
+    assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
+    assert found.sum_squares == expected.sum_squares
+    assert found.log_moments == pytest.approx(expected.log_moments, rel=1e-9)
+
+
+def test_scaled_statistics_stop_at_the_ends_of_the_range_of_floats():
+    found = summarize(np.array([0, 1, 8], np.float32), smallest=True)
+    assert found.scaled(5000).largest == np.finfo(np.float64).max
+    tiny = found.scaled(-5000)
+    assert tiny.smallest == tiny.largest == tiny.sum_squares == 2.0**-1074
+    assert summarize(np.zeros(3), smallest=True).scaled(5000).largest == 0
+    assert UNUSABLE.scaled(3) == UNUSABLE
 
 
 def test_merging_equals_summarizing_at_once():
     x = spread(5000, np.float32, seed=4)
-    parts = [summarize(part, logs=True) for part in (x[:100], np.zeros(7), x[100:4000], x[4000:])]
-    whole = summarize(np.concatenate([x, np.zeros(7, np.float32)]), logs=True)
+    parts = [
+        summarize(part, smallest=True, logs=True) for part in (x[:100], np.zeros(7), x[100:4000], x[4000:])
+    ]
+    whole = summarize(np.concatenate([x, np.zeros(7, np.float32)]), smallest=True, logs=True)
     merged = merge(parts)
     assert (merged.count, merged.nonzero) == (whole.count, whole.nonzero)
     assert (merged.largest, merged.smallest) == (whole.largest, whole.smallest)
@@ -130,9 +205,18 @@ def test_no_temporary_of_the_arrays_size_is_made(dtype):
         assert peak < x.nbytes / 2
 
 
-def test_rows_have_their_own_extremes():
-    x = spread((6, 200), np.float16, seed=7)
-    x[2] = 0
-    for row, (low, high) in zip(np.abs(x.astype(np.float64)), extremes_by_row(x), strict=True):
-        assert high == row.max()
-        assert low == (row[row > 0].min() if row.any() else 0)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes_of_products_are_those_over_all_pairs_of_a_row(dtype):
+    gy, weight = spread((6, 200), dtype, seed=7), spread((6, 3), np.float16, seed=8)
+    gy[2] = 0
+    weight[4] = 0
+    products = np.abs(np.einsum("ri,rj->rij", gy.astype(np.float64), weight.astype(np.float64)))
+    low, high = fetch([begin_product_extremes(gy, weight)])[0]
+    assert (low, high) == (products[products > 0].min(), products.max())
+
+
+def test_without_products_their_extremes_are_zero():
+    gy, weight = np.ones((2, 3), np.float16), np.ones((2, 4), np.float16)
+    gy[0], weight[1] = 0, 0
+    nothing = begin_product_extremes(gy, weight), begin_product_extremes(gy[:, :0], weight)
+    assert fetch(nothing) == [(0, 0), (0, 0)]
