@@ -66,6 +66,12 @@ class AdaLossConfig:
             )
 
     @property
+    def scales_sums(self) -> bool:
+        """Whether gradients that add up others, over a batch or over positions, get scales of their own and so
+        do not overflow, as those of weights; in the paper they share that of what they are computed from."""
+        return self.loss_scale_method == "auto"
+
+    @property
     def init_exponent(self) -> int:
         """The exponent of `init_scale`, its log2."""
         return math.frexp(self.init_scale)[1] - 1

@@ -21,12 +21,13 @@ from ada_loss.statistics import NOTHING, ONE, Statistics, begin_product_extremes
 
 __all__ = ["METHODS", "Measurement", "choose_shift", "measure"]
 
-AUTO_HEADROOM = 10
-"""How many powers of two `auto` keeps between the peak that it expects and the largest float16.
+AUTO_HEADROOM, AUTO_CAST_HEADROOM = 8, 4
+"""How many powers of two `auto` keeps between the peak that it expects and the largest float16: of a product
+and of a cast, whose peak it knows.
 
-Weight gradients carry the exponent of their layer's output gradient and are sums over many positions: with 8
-the first step of the small SSD overflows. With 10 single elements of very skewed gradients underflow
-(benchmarks/fidelity.py); the signal-to-noise ratio is the same from 0 to 18.
+Found with benchmarks/fidelity.py: with 10 for products, or 8 for casts, single elements of very skewed
+gradients underflow; with less, sums in float16 between two layers overflow more often, and are computed
+again. The signal-to-noise ratio is the same from 0 to 18.
 """
 
 AUTO_DEVIATIONS = 8.0
@@ -161,7 +162,8 @@ def _auto_shift(measurement: Measurement) -> int:
     fan, term = measurement.fan, measurement.largest_term
     deviation = math.sqrt(measurement.gradient.mean_square * measurement.weight.mean_square * fan)
     peak = min(fan * term, term + AUTO_DEVIATIONS * deviation)
-    return floor_log2(FLOAT16.max / peak) - AUTO_HEADROOM
+    headroom = AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM
+    return floor_log2(FLOAT16.max / peak) - headroom
 
 
 def _product_extremes(gy: Any, weight: Any, channel_axis: int) -> tuple[float, float]:

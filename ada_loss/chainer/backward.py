@@ -35,6 +35,7 @@ from ada_loss.chainer.decisions import backward_arrays, enters_float16, input_gr
 from ada_loss.chainer.gradient import InFlight, add, align, shifted
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.recorder import Tag, tag_of
+from ada_loss.chainer.sums import gradients_in_range, parameter_gradients
 
 Inputs = list[tuple[VariableNode, InFlight]]
 
@@ -170,7 +171,10 @@ def _gradients(
     if tag is not None and tag.point is not None and gys[0] is not None:
         found = _decided(function, targets, gys[0], exponent, tag)
     plain = tuple(index for index in targets if index not in found)
-    gxs = backward_arrays(function, plain, gys)
+    if tag is not None and tag.scope.scales_sums(tag.point):
+        gxs, exponent = gradients_in_range(function, plain, gys, exponent)
+    else:
+        gxs = backward_arrays(function, plain, gys)
     found.update((index, (gx, exponent)) for index, gx in zip(plain, gxs, strict=True))
     present = [index for index in targets if found[index][0] is not None]
     return [(function.inputs[index], InFlight(*found[index])) for index in present]
@@ -188,6 +192,8 @@ def _decided(
         if product.data in targets:
             shift = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
             found[product.data] = (input_gradient(function, product, gy, shift), exponent + shift)
+    if tag.scope.scales_sums(tag.point):
+        found.update(parameter_gradients(function, targets, gy, exponent))
     return found
 
 

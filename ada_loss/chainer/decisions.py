@@ -153,17 +153,22 @@ def input_gradient(function: Any, product: Product, gy: Any, shift: int) -> Any:
     """The gradient of input `product.data` times 2**shift, in that input's dtype, from gy, an array."""
     if shift == 0:
         return backward_arrays(function, (product.data,), (gy,))[0]
+    weight, gy = _scaled_operands(weight_of(function, product), gy, shift)
+    gx = backward_with_weight(function, product, weight, product.data, gy)
+    return cast(gx, function.inputs[product.data].dtype)
+
+
+def backward_with_weight(function: Any, product: Product, weight: Any, target: int, gy: Any) -> Any:
+    """The gradient of input `target` as if the function had been given another weight, an array."""
     retained = function.get_retained_inputs()
     place = _place(function, product)
-    weight, gy = _scaled_operands(retained[place].array, gy, shift)
     replaced = (*retained[:place], chainer.Variable(weight, requires_grad=False), *retained[place + 1 :])
     # Chainer's backward reads its weight through this method and nowhere else.
     function.get_retained_inputs = lambda: replaced
     try:
-        (gx,) = backward_arrays(function, (product.data,), (gy,))
+        return backward_arrays(function, (target,), (gy,))[0]
     finally:
         del function.get_retained_inputs
-    return cast(gx, function.inputs[product.data].dtype)
 
 
 def weight_of(function: Any, product: Product) -> Any:

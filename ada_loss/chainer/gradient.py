@@ -15,6 +15,10 @@ _FLOAT32_EXPONENTS = 100
 """Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""
 
 
+HEADROOM = 6
+"""How many powers of two a sum keeps to the largest number of its format when its exponent is raised."""
+
+
 class InFlight(NamedTuple):
     """The true gradient is `array` * 2**-`exponent`."""
 
@@ -42,8 +46,9 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
 def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
     """Bring gradients to one exponent: the largest, not above theirs, at which their sum cannot overflow.
 
-    Gradients whose exponents agree stay as they are in formats wider than float16. Returns the arrays, new
-    ones where they differ, and the exponent.
+    None is raised so far that the sum has less than `HEADROOM` left, for sums and factors on the way to the
+    next decision point. Gradients whose exponents agree stay as they are in formats wider than float16.
+    Returns the arrays, new ones where they differ, and the exponent.
     """
     exponents = {gradient.exponent for gradient in gradients}
     target = max(exponents)
@@ -67,10 +72,11 @@ def add(gradients: Sequence[InFlight]) -> InFlight:
 def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:
     limit = float(np.finfo(gradients[0].array.dtype).max)
     peaks = [(largest_magnitude(gradient.array), gradient.exponent) for gradient in gradients]
-    smallest = min(exponent for _, exponent in peaks)
+    peaks = [(peak, exponent) for peak, exponent in peaks if peak]
+    smallest = min((exponent for _, exponent in peaks), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.
     total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in peaks)
     if not total or not math.isfinite(total):
         return largest
-    excess = math.frexp(total / limit)[1] + largest - smallest
-    return largest - max(0, excess)
+    room = -math.frexp(total / limit)[1]
+    return min(largest, smallest + max(room - HEADROOM, min(room, 0)))

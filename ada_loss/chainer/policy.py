@@ -67,7 +67,7 @@ class ShiftPolicy:
         settings.
         """
         self._met.add(site)
-        config = config or self.layers.get(site.path, self.config)
+        config = self.settings(site, config)
         due = self.iteration % config.update_per_n_iteration == 0
         if not due and site in self._shifts:
             return self._shifts[site]
@@ -77,6 +77,10 @@ class ShiftPolicy:
             self._shifts[site] = shift
             self.decisions[site] = Decision(site, exponent, shift, measurement)
         return shift
+
+    def settings(self, site: Site, own: AdaLossConfig | None = None) -> AdaLossConfig:
+        """The settings at a site; own: those of the site itself, if it has any."""
+        return own or self.layers.get(site.path, self.config)
 
     def end_step(self, *, finite: bool) -> None:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""

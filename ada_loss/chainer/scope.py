@@ -62,6 +62,11 @@ class Scope:
         weight, fan, axis = weight_of(function, product), product.fan(function, gy), product.channel_axis
         return self.policy.choose(site, gy, exponent, weight, fan, axis, config=point.config)
 
+    def scales_sums(self, point: Point | None) -> bool:
+        """Whether sums of many gradients get scales of their own, at a decision point or elsewhere."""
+        policy = self.policy
+        return (policy.settings(point.site, point.config) if point else policy.config).scales_sums
+
     def choose_for_cast(self, point: Point, gy: Any, exponent: int) -> int:
         """The shift with which a gradient is rounded to float16."""
         return self.policy.choose(point.site, gy, exponent, config=point.config)

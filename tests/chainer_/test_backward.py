@@ -605,7 +605,7 @@ class TestBoundary:
         assert x.grad.dtype == np.float16
         assert signal_to_noise(x.grad, z.grad) > 50
 
-    def test_a_scale_that_no_layer_may_choose_saves_the_parameters_gradients(self, rng):
+    def test_scales_save_gradients_that_underflow_without(self, rng):
         with dtype("mixed16"):
             link = Graph(lambda m, x: m.c(F.tanh(m.b(F.tanh(m.a(x))))))
         x = draw(rng).astype(np.float16)
@@ -622,6 +622,31 @@ class TestBoundary:
                 signal_to_noise(np.ldexp(g, 24), expected[path]) for path, g in found.items()
             )
         assert ratios["fixed"] < 10 < 45 < ratios["auto"]
+
+    @pytest.mark.parametrize("step", ["weight", "bias", "broadcast"])
+    def test_auto_lets_no_sum_over_a_batch_overflow(self, step, rng):
+        # Gradients of 64 and less, as the rule aims for, whose sums are beyond float16.
+        def combine(m, x):
+            h = F.broadcast_to(m.a(x), (4000, 4)) if step == "broadcast" else m.a(x)
+            return F.linear(h, m.b.W * 0 + 1, m.b.b) if step == "bias" else h
+
+        with dtype("float16"):
+            link = Graph(combine)
+        rows, size = (1, 1) if step == "broadcast" else (4000, 50 if step == "weight" else 1)
+        x = (size * (1 + rng.uniform(0, 1, (rows, 4)))).astype(np.float16)
+        found = {}
+        for method in ("auto", "fixed"):
+            scaled = wrapped_copy(link, loss_scale_method=method, init_scale=64)
+            scaled.cleargrads()
+            F.sum(scaled(x)).backward()
+            found[method] = {path: g for path, g in scaled.true_gradients().items() if g is not None}
+        wide = Graph(combine)
+        wide.copyparams(link)
+        expected = gradients(wide, lambda model, x: F.sum(model(x)), [x.astype(np.float32)])[1]
+        assert not all(np.isfinite(gradient).all() for gradient in found["fixed"].values())
+        for path, gradient in found["auto"].items():
+            if expected[path].any():
+                assert signal_to_noise(gradient, expected[path]) > 50, path
 
     def test_an_overflow_stays_visible(self, rng):
         with dtype("mixed16"):

@@ -101,7 +101,7 @@ def test_in_mixed16_a_model_has_finite_gradients_of_float32s_magnitude(name, rng
     make, shape = MODELS[name]
     x = rng.standard_normal(shape).astype(np.float16)
     with dtype("mixed16"):
-        scaled = AdaLossScaled(initialized(make(), x))
+        scaled = AdaLossScaled(initialized(make(), x), "auto")
         _, found = gradients(scaled, loss, [x])
     wide = initialized(make(), x.astype(np.float32))
     wide.copyparams(scaled.link)

@@ -71,16 +71,21 @@ def relu_grad(y: np.ndarray, gy: np.ndarray) -> np.ndarray | None:
 
 
 def total(x: np.ndarray, axis: tuple[int, ...] | None, keepdims: bool) -> np.ndarray:
-    """Sum of a float16 array over some axes, added in float32 and rounded once to float16.
+    """Sum of a float16 array over some axes, added in float32 and rounded once to float16."""
+    return to_float16(float32_total(x, axis, keepdims))
+
+
+def float32_total(x: np.ndarray, axis: tuple[int, ...] | None, keepdims: bool = False) -> np.ndarray:
+    """Sum of a float16 array over some axes (None: all) in float32.
 
     Where the first axis is summed too, as in the gradient of a bias, a few of its rows at a time.
     """
     axes = tuple(range(x.ndim)) if axis is None else tuple(a % x.ndim for a in axis)
     if not x.size or 0 not in axes:
-        return to_float16(np.asarray(to_float32(x).sum(axis=axes, keepdims=keepdims)))
+        return np.asarray(to_float32(x).sum(axis=axes, keepdims=keepdims))
     rows = max(1, CHUNK * len(x) // x.size)
     partial = (
         to_float32(x[start : start + rows]).sum(axis=axes, keepdims=keepdims)
         for start in range(0, len(x), rows)
     )
-    return to_float16(np.asarray(functools.reduce(np.add, partial)))
+    return np.asarray(functools.reduce(np.add, partial))

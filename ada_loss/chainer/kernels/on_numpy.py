@@ -20,7 +20,7 @@ from chainer.functions.connection.linear import LinearFunction, LinearGradData, 
 from chainer.functions.math.basic_math import Add, AddConstant, Div, Mul, MulConstant, Sub
 from chainer.functions.math.matmul import MatMul
 from chainer.functions.math.matmul import _matmul as chainers_matmul
-from chainer.functions.math.sum import Sum
+from chainer.functions.math.sum import Sum, SumTo
 from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
 from chainer.functions.normalization.l2_normalization import NormalizeL2
 from chainer.functions.pooling.average_pooling_2d import AveragePooling2D, AveragePooling2DGrad
@@ -161,6 +161,15 @@ def _sum(node: Any, inputs: Arrays) -> Arrays | None:
     return (elementwise.total(x, node.axis, node.keepdims),)
 
 
+def _sum_to(node: Any, inputs: Arrays) -> Arrays | None:
+    (x,) = inputs
+    if not is_float16(x) or x.shape == node._shape:
+        return None
+    lead = x.ndim - len(node._shape)
+    ones = tuple(lead + axis for axis, size in enumerate(node._shape) if size == 1)
+    return (elementwise.total(x, (*range(lead), *ones), keepdims=True).reshape(node._shape),)
+
+
 def _arithmetic(function: Callable[..., np.ndarray], retained: tuple[int, ...] = ()) -> Kernel:
     """A kernel for an element-wise operation on two variables."""
 
@@ -282,6 +291,7 @@ KERNELS: dict[Hook, Kernel] = {
     (NormalizeL2, "forward"): _normalize,
     (NormalizeL2, "backward"): _normalize_grad,
     (Sum, "forward"): _sum,
+    (SumTo, "forward"): _sum_to,
     (Add, "forward"): _arithmetic(np.add),
     (Sub, "forward"): _arithmetic(np.subtract),
     (Mul, "forward"): _arithmetic(np.multiply, retained=(0, 1)),

@@ -1,5 +1,6 @@
 """Activations, arithmetic and sums under the provider `numpy`."""
 
+import chainer
 import chainer.functions as F
 import numpy as np
 import pytest
@@ -129,3 +130,13 @@ def test_a_sum_beyond_float16_is_infinite_and_a_nan_stays():
     x[2, 2] = np.nan
     y, _ = run(lambda x: F.sum(x, 1), [x], None, "numpy")
     assert np.isposinf(y[:2]).all() and np.isnan(y[2])
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1), (900, 1), ()])
+def test_the_gradient_of_a_broadcast_is_summed_in_float32(shape):
+    # In float16, adding 7 to 16384 would change nothing.
+    gy = np.random.default_rng(5).uniform(1, 7, (900, 4)).astype(np.float16)
+    _, (gx,) = run(lambda x: F.broadcast_to(x, (900, 4)), [np.ones(shape, np.float16)], gy, "numpy")
+    exact = chainer.utils.sum_to(gy.astype(np.float64), shape)
+    assert (gx.dtype, gx.shape) == (np.float16, shape)
+    np.testing.assert_allclose(gx, exact, rtol=6e-4)
