@@ -4,6 +4,7 @@ updates."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import chainer
@@ -59,7 +60,7 @@ class PreparedOptimizer:
         parameters = unique_parameters(self.target)
         finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
         if finite:
-            with true_gradients_on_masters(parameters):
+            with true_gradients_on_masters(parameters, keep=self._looked_at_again()):
                 super().update()  # type: ignore[misc]
         else:
             self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
@@ -73,6 +74,15 @@ class PreparedOptimizer:
             for policy in entered - own:
                 policy.entry = policy.entry.after(finite=False)
             self._answer_overflow()
+
+    def reallocate_cleared_grads(self) -> None:
+        """As Chainer's, but without a look at the gradients, which would make them all at once."""
+        chainers = super().reallocate_cleared_grads  # type: ignore[misc]
+        if chainers.__func__ is not chainer.GradientMethod.reallocate_cleared_grads:
+            chainers()
+            return
+        for _, parameter in self.target.namedparams(False):
+            adopt(parameter).fill()
 
     def check_nan_in_grads(self) -> None:
         """Nothing is left to find: an update that comes here has finite gradients."""
@@ -105,6 +115,13 @@ class PreparedOptimizer:
         state = load_optional(serializer, "loss_scale")
         if self._loss_scaling_is_dynamic and state is not None:
             self._loss_scale, self._loss_scaling_isnan_ever = float(state[0]), bool(state[1])
+
+    def _looked_at_again(self) -> set[int]:
+        """ids of the parameters whose gradient may be looked at after their update: by a hook, or by one more
+        update of a parameter that the model holds twice."""
+        times = Counter(id(parameter) for parameter in self.target.params())
+        hooks = self._hookable._post_update_hooks  # type: ignore[attr-defined]
+        return {key for key, count in times.items() if hooks or count > 1}
 
     def _initialize_states(self) -> None:
         """Give every update rule its state, as its first update will: Chainer cannot load a snapshot

@@ -9,10 +9,9 @@ hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import chainer
 import numpy as np
@@ -27,7 +26,25 @@ UNPREPARED = (
     "optimizer.setup(model), or update by hand with model.true_gradients()."
 )
 
-_NOTHING: Mapping[float, InFlight] = MappingProxyType({})
+
+class _Held(NamedTuple):
+    """A gradient in flight that carries `factor`, in [1, 2), besides its exponent: the rest of a loss scale
+    that is no power of two."""
+
+    gradient: InFlight
+    factor: float = 1.0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.gradient.array.dtype
+
+    def true(self) -> Any:
+        """The true gradient as a new array of at least float32."""
+        array, exponent = self.gradient
+        true = shifted(array, -exponent, np.promote_types(array.dtype, np.float32))
+        if self.factor != 1:
+            return true / true.dtype.type(self.factor)
+        return true.copy() if true is array else true
 
 
 class ScaledParameter(chainer.Parameter):
@@ -38,9 +55,8 @@ class ScaledParameter(chainer.Parameter):
     backward pass: passes with different scales add up correctly.
     """
 
-    _in_flight: Mapping[float, InFlight] = _NOTHING
-    """Parts of the gradient, by the factor in [1, 2) that each carries besides its exponent. Never modified
-    in place."""
+    _in_flight: _Held | None = None
+    """The gradient as long as nobody has asked for the true one; its array is never modified in place."""
 
     _scoped = False
     """Whether a scope contributed since the gradient was cleared, so that only a prepared optimizer may use
@@ -49,6 +65,9 @@ class ScaledParameter(chainer.Parameter):
     _plain = False
     """Whether the parameter behaves as Chainer's own, because an optimizer or a communicator is at work on
     it."""
+
+    _fleeting = False
+    """Whether the true gradient that an update asks for is given up after it."""
 
     master: Any = None
     """float32 values of a float16 parameter, kept by a prepared optimizer; None before its first update."""
@@ -62,52 +81,56 @@ class ScaledParameter(chainer.Parameter):
         self._add(gradient, loss_scale)
 
     def take(self, loss_scale: float) -> InFlight | None:
-        """Give up the part of the gradient that a pass with `loss_scale` is to add to, in Chainer's order."""
-        half, exponent = math.frexp(loss_scale)
-        factor, exponent = 2 * half, exponent - 1
-        rest = dict(self._in_flight)
-        present = rest.pop(factor, None)
-        if present is not None:
-            self._in_flight = rest
-            return InFlight(present.array, present.exponent - exponent)
-        settled = self._settled()
-        if factor != 1 or settled is None or settled.dtype != self.dtype:
+        """Give up the present gradient, where a pass with `loss_scale` is to add to it, in Chainer's order.
+
+        In float16 it is not: the sums of several passes are kept in float32.
+        """
+        present, (factor, exponent) = self._present(), _split(loss_scale)
+        if present is None or present.factor != factor or present.dtype != self.dtype:
             return None
-        self._set_grad_without_check(None)
-        return InFlight(settled, -exponent)
+        if self.dtype == np.float16:
+            return None
+        self._hold(None)
+        return InFlight(present.gradient.array, present.gradient.exponent - exponent)
 
     def true_gradient(self) -> Any:
         """The gradient without any scale: float32 (float64 for a float64 parameter), a new array; None if
         none."""
-        parts = [(gradient, factor) for factor, gradient in self._in_flight.items()]
-        settled = self._settled()
-        if settled is not None:
-            parts.insert(0, (InFlight(settled), 1.0))
-        if not parts:
+        present = self._present()
+        if present is None:
             return None
         with chainer.using_device(self.device):
-            total, *rest = [_true(gradient, factor) for gradient, factor in parts]
-            for part in rest:
-                total = total + part
-            return total
+            return present.true()
 
     def arrays(self) -> list[Any]:
         """Arrays that are finite exactly if the true gradient is.
 
         A gradient in flight may be finite although the true one is not, where it was scaled down.
         """
-        settled, parts = self._settled(), list(self._in_flight.values())
-        if not parts:
-            return [] if settled is None else [settled]
-        if settled is None and len(parts) == 1 and parts[0].exponent >= 0:
-            return [parts[0].array]
-        return [self.true_gradient()]
+        present = self._present()
+        if present is None:
+            return []
+        room = np.finfo(np.promote_types(present.dtype, np.float32)).maxexp - np.finfo(present.dtype).maxexp
+        fits = present.gradient.exponent >= -room
+        return [present.gradient.array if fits else self.true_gradient()]
+
+    def fill(self) -> None:
+        """Hold zeros where there is no gradient, without an array of their size."""
+        if self._present() is None:
+            with chainer.using_device(self.device):
+                zero = self.xp.zeros((), np.promote_types(self.dtype, np.float32))
+                self._in_flight = _Held(InFlight(self.xp.broadcast_to(zero, self.shape)))
+
+    def update(self) -> None:
+        held = self._in_flight if self._fleeting else None
+        super().update()
+        if held is not None:
+            self._hold(held)
 
     def lend(self, array: Any) -> None:
         """Show `array` as a plain gradient of Chainer's, for a communicator to average in place; `reclaim`
         ends it."""
-        self._in_flight = _NOTHING
-        self._plain = True
+        self._in_flight, self._plain = None, True
         self._set_grad_without_check(array)
 
     def reclaim(self, exponent: int) -> None:
@@ -171,7 +194,7 @@ class ScaledParameter(chainer.Parameter):
         return super()._get_grad()
 
     def _set_grad(self, g: Any, *, layout_check: bool = True) -> None:
-        self._in_flight = _NOTHING
+        self._in_flight = None
         if g is None or g.dtype.kind != "f" or g.dtype.itemsize <= self.dtype.itemsize:
             super()._set_grad(g, layout_check=layout_check)
         elif g.shape == self.shape:
@@ -183,32 +206,38 @@ class ScaledParameter(chainer.Parameter):
 
     def _set_grad_var_without_check(self, gv: chainer.Variable | None) -> None:
         if not passes.running():
-            self._in_flight = _NOTHING
+            self._in_flight = None
             super()._set_grad_var_without_check(gv)
         elif gv is not None:
             self._add(InFlight(gv.array), passes.loss_scale())
 
     def _add(self, gradient: InFlight, loss_scale: float) -> None:
-        half, exponent = math.frexp(loss_scale)
-        factor, gradient = 2 * half, InFlight(gradient.array, gradient.exponent + exponent - 1)
-        present = self._in_flight.get(factor)
-        self._in_flight = {
-            **self._in_flight,
-            factor: gradient if present is None else add([present, gradient]),
-        }
+        factor, exponent = _split(loss_scale)
+        present, new = self._present(), _Held(InFlight(gradient.array, gradient.exponent + exponent), factor)
+        with chainer.using_device(self.device):
+            self._hold(new if present is None else _sum(present, new))
+
+    def _present(self) -> _Held | None:
+        """The gradient as it is: in flight, or true in Chainer's own place for gradients."""
+        settled = self._settled()
+        return self._in_flight if settled is None else _Held(InFlight(settled))
+
+    def _hold(self, held: _Held | None) -> None:
+        self._set_grad_without_check(None)
+        self._in_flight = held
 
     def _settled(self) -> Any:
-        """The part of the gradient that is a plain array: true, in Chainer's own place for gradients."""
+        """The gradient if it is true already, in Chainer's own place for gradients."""
         return super()._get_grad() if self._grad_valid else None
 
     def _settle(self) -> None:
-        if self._in_flight:
+        if self._in_flight is not None:
             true = self.true_gradient()
-            self._in_flight = _NOTHING
+            self._in_flight = None
             self._set_grad_without_check(true)
 
     def _forget_scopes(self) -> None:
-        self._in_flight, self._scoped = _NOTHING, False
+        self._in_flight, self._scoped = None, False
 
     def __copy__(self) -> ScaledParameter:
         return self._copy_to(type(self)())
@@ -230,26 +259,32 @@ def adopt(parameter: chainer.Parameter) -> ScaledParameter:
         scale = vars(parameter).pop("_loss_scale", None)
         parameter.__class__ = _SCALED[plain]
         if scale is not None and (array := parameter._settled()) is not None:
-            parameter._set_grad_without_check(_true(InFlight(array), scale))
+            parameter._set_grad_without_check(_Held(InFlight(array), scale).true())
     return parameter
 
 
 @contextmanager
-def true_gradients_on_masters(parameters: Iterable[ScaledParameter]) -> Iterator[None]:
+def true_gradients_on_masters(
+    parameters: Iterable[ScaledParameter], keep: Collection[int] = ()
+) -> Iterator[None]:
     """Within it every parameter is its float32 master with its true gradient, as Chainer's own parameters
     are.
 
     Optimizers and hooks need not know of float16: what they see is float32 training. At the end the float16
     arrays receive the rounded masters, in place, and the gradients are as before.
 
-    parameters: each once; uninitialized ones stay as they are.
+    A true gradient is made when somebody asks for it, and is there until the end. Where it is only the
+    parameter's update that asks, it is given up after it, so that just one exists at a time.
+
+    parameters: each once; uninitialized ones stay as they are. keep: ids of those whose gradient somebody may
+    look at after their update.
     """
     exposed = []
     try:
         for parameter in parameters:
             if parameter.array is not None:
                 with chainer.using_device(parameter.device):
-                    exposed.append((parameter, _expose(parameter)))
+                    exposed.append((parameter, _expose(parameter, fleeting=id(parameter) not in keep)))
         yield
     finally:
         for parameter, before in exposed:
@@ -257,26 +292,23 @@ def true_gradients_on_masters(parameters: Iterable[ScaledParameter]) -> Iterator
                 _conceal(parameter, *before)
 
 
-def _expose(parameter: ScaledParameter) -> tuple[Any, Mapping[float, InFlight], Any]:
+def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, _Held | None, Any]:
     before = (parameter.array, parameter._in_flight, parameter._settled())
-    gradient = parameter.true_gradient()
-    parameter._in_flight, parameter._plain = _NOTHING, True
+    parameter._hold(parameter._present())
+    parameter._plain, parameter._fleeting = True, fleeting
     if parameter.array.dtype == np.float16:
         parameter.master = _reconciled(parameter.master, parameter.array)
         parameter.array = parameter.master
-    parameter._set_grad_without_check(gradient)
     return before
 
 
-def _conceal(
-    parameter: ScaledParameter, half: Any, in_flight: Mapping[float, InFlight], settled: Any
-) -> None:
+def _conceal(parameter: ScaledParameter, half: Any, in_flight: _Held | None, settled: Any) -> None:
     if half.dtype == np.float16:
         parameter.master = cast(parameter.array, np.float32)
         half[...] = cast(parameter.master, np.float16)
         parameter.array = half
     parameter._set_grad_without_check(settled)
-    parameter._in_flight, parameter._plain = in_flight, False
+    parameter._in_flight, parameter._plain, parameter._fleeting = in_flight, False, False
 
 
 def _reconciled(master: Any, half: Any) -> Any:
@@ -292,13 +324,19 @@ def _reconciled(master: Any, half: Any) -> Any:
     return xp.where(changed, cast(half, np.float32), master)
 
 
-def _true(gradient: InFlight, factor: float) -> Any:
-    """The true gradient as a new array of at least float32."""
-    array = gradient.array
-    true = shifted(array, -gradient.exponent, np.promote_types(array.dtype, np.float32))
-    if factor != 1:
-        return true / true.dtype.type(factor)
-    return true.copy() if true is array else true
+def _split(loss_scale: float) -> tuple[float, int]:
+    """A factor in [1, 2) and an exponent, whose power of two times the factor is the loss scale."""
+    half, exponent = math.frexp(loss_scale)
+    return 2 * half, exponent - 1
+
+
+def _sum(present: _Held, new: _Held) -> _Held:
+    """The sum in at least float32; without any scale where the two carry different factors."""
+    if present.factor != new.factor:
+        present, new = _Held(InFlight(present.true())), _Held(InFlight(new.true()))
+    wide = np.promote_types(np.promote_types(present.dtype, new.dtype), np.float32)
+    parts = [InFlight(cast(held.gradient.array, wide), held.gradient.exponent) for held in (present, new)]
+    return _Held(add(parts), present.factor)
 
 
 def _recover(plain: tuple[Any, ...], master: Any, scoped: bool) -> ScaledParameter:

@@ -1,8 +1,10 @@
 """A prepared optimizer: the update is float32 Chainer's, whatever scales the gradients carry."""
 
 import copy
+import gc
 import logging
 import pickle
+import tracemalloc
 from functools import partial
 
 import chainer
@@ -341,6 +343,101 @@ class TestWhichParametersAreUpdated:
             assert target.model.first.W.array.dtype == np.float16
             optimizer.remove_hook("failing")
             optimizer.update(target, *batch(rng))
+
+
+class Deep(chainer.Chain):
+    """Layers of equal size, so that all gradients together are many times the largest one."""
+
+    layers, size = 16, 64
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            for index in range(self.layers):
+                setattr(self, f"layer{index}", L.Linear(self.size, self.size))
+
+    def forward(self, x):
+        for index in range(self.layers):
+            x = getattr(self, f"layer{index}")(x)
+        return x
+
+
+class TestFloat32Gradients:
+    """They are made one parameter at a time, as far as nobody looks at them."""
+
+    largest = 4 * Deep.size**2
+
+    def ready(self, rng, precision, make, *hooks):
+        """An optimizer whose masters and state exist, and gradients for its next step."""
+        with dtype(precision):
+            model = AdaLossScaled(Deep())
+            optimizer = prepared(model, make(), *hooks)
+            x = rng.standard_normal((2, Deep.size)).astype(chainer.get_dtype())
+            optimizer.update(lambda: F.sum(model(x)))
+            model.cleargrads()
+            F.sum(model(x)).backward()
+        return optimizer
+
+    def peak_of_update(self, optimizer):
+        """How many bytes an update takes at most besides what was there before."""
+        gc.collect()
+        tracemalloc.start()
+        try:
+            optimizer.update()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize("precision", ["mixed16", "float32"])
+    @pytest.mark.parametrize("make", [optimizers.SGD, optimizers.MomentumSGD, optimizers.Adam])
+    def test_an_update_takes_the_memory_of_a_few_of_them(self, rng, precision, make):
+        optimizer = self.ready(rng, precision, make)
+        assert self.peak_of_update(optimizer) < 6 * self.largest < Deep.layers * self.largest / 2
+
+    def test_an_update_without_gradients_takes_no_more(self, rng):
+        optimizer = self.ready(rng, "mixed16", optimizers.SGD)
+        optimizer.target.cleargrads()
+        assert self.peak_of_update(optimizer) < 6 * self.largest
+
+    def test_a_hook_before_the_update_that_looks_at_them_makes_all(self, rng):
+        optimizer = self.ready(rng, "mixed16", optimizers.SGD, hooks.GradientClipping(1.0))
+        assert self.peak_of_update(optimizer) > Deep.layers * self.largest
+
+    def test_at_the_end_none_is_left(self, rng):
+        optimizer = self.ready(rng, "mixed16", optimizers.SGD, hooks.WeightDecay(0.1))
+        optimizer.update()
+        for parameter in optimizer.target.params():
+            assert [array.dtype for array in parameter.arrays()] == [np.float16]
+
+    def test_an_optimizer_that_makes_no_zeros_for_missing_ones_still_makes_none(self, rng):
+        class Sparse(optimizers.MomentumSGD):
+            def reallocate_cleared_grads(self):
+                pass
+
+        with dtype("mixed16"):
+            target = training()
+            with target.init_scope():
+                target.spare = L.Linear(2, 2)
+            seen = []
+            optimizer = prepared(target, Sparse())
+            target.spare.W.update_rule.add_hook(lambda rule, p: seen.append(p.grad), "look")
+            optimizer.update(target, *batch(rng))
+        assert seen == [None]
+
+    def test_rules_with_hooks_see_what_the_first_of_two_updates_left(self, rng):
+        def twice(wrap):
+            layer = L.Linear(SIZE, SIZE, initialW=np.full((SIZE, SIZE), 0.1))
+            return wrap(chainer.Sequential(layer, F.relu, layer))
+
+        target, plain = twice(AdaLossScaled), twice(lambda link: link)
+        x, _ = batch(rng)
+        optimizer, reference = prepared(target, optimizers.SGD(0.05)), optimizers.SGD(0.05).setup(plain)
+        for layer in (target.link[0], plain[0]):
+            layer.W.update_rule.add_hook(hooks.WeightDecay(0.1))
+        for _ in range(2):
+            optimizer.update(lambda: F.sum(target(x) ** 2))
+            reference.update(lambda: F.sum(plain(x) ** 2))
+        assert_same_bits(values(target), values(plain))
 
 
 class TestMastersFollow:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import chainer
 import chainer.functions as F
@@ -69,6 +70,39 @@ class TestAccumulation:
             held.receive(InFlight(np.float16([1.0, 2.0, 3.0]), exponent), 1.0)
         expected = np.float32([1, 2, 3]) * np.float32(2.0**-30 + 2.0**-40 + 2.0**-35)
         np.testing.assert_allclose(held.grad, expected, rtol=2e-3)
+
+    def test_of_float16_gradients_is_kept_in_float32(self, rng):
+        held = parameter()
+        passes = [(rng.standard_normal(3).astype(np.float16), int(e)) for e in rng.integers(-3, 9, 300)]
+        total = np.zeros(3, np.float32)
+        for array, exponent in passes:
+            held.receive(InFlight(array, exponent), 2.0**4)
+            total = total + np.ldexp(array.astype(np.float32), -exponent - 4)
+        np.testing.assert_array_equal(held.grad, total)
+
+    def test_of_a_float16_model_rounds_what_each_pass_brings_and_nothing_else(self, rng):
+        with dtype("float16"):
+            model = AdaLossScaled(Net())
+            batches = [batch(rng)[0] for _ in range(5)]
+            parts = []
+            for x in batches:
+                model.cleargrads()
+                F.sum(F.sin(model(x))).backward()
+                parts.append(model.true_gradients())
+            model.cleargrads()
+            for x in batches:
+                F.sum(F.sin(model(x))).backward()
+        for path, gradient in model.true_gradients().items():
+            np.testing.assert_array_equal(gradient, sum(part[path] for part in parts), err_msg=path)
+
+    def test_with_ever_different_loss_scales_holds_one_array(self, rng):
+        held, total = parameter("float32"), np.zeros(3)
+        for _ in range(30):
+            array, scale = rng.standard_normal(3).astype(np.float32), rng.uniform(1, 1000)
+            held.receive(InFlight(array, 3), scale)
+            total += array / (8 * scale)
+            assert len(held.arrays()) == 1
+        np.testing.assert_allclose(held.grad, total, rtol=1e-4, atol=1e-7)
 
     def test_modifies_no_array_that_came_in(self):
         held, first, second = parameter(), np.float16([1, 2, 3]), np.float16([4, 5, 6])
@@ -392,6 +426,38 @@ class TestTrueGradientsOnMasters:
             with true_gradients_on_masters([held]):
                 assert held.array.dtype == held.grad.dtype == kind
             assert held.master is None
+
+    def test_a_gradient_that_was_read_before_is_not_modified(self):
+        held = parameter()
+        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
+        read = held.grad
+        with true_gradients_on_masters([held]):
+            held.grad *= 2
+            assert held.grad.tolist() == [1, 2, 3]
+        assert held.grad is read and read.tolist() == [0.5, 1, 1.5]
+
+    def test_a_gradient_that_only_the_update_asks_for_is_given_up_after_it(self):
+        held, seen = parameter(), []
+        held.update_rule = chainer.optimizers.SGD().create_update_rule()
+        held.update_rule.add_hook(lambda rule, p: seen.append(weakref.ref(p.grad)), "look")
+        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        with true_gradients_on_masters([held]):
+            held.update()
+            assert seen[0]() is None
+            assert held.grad.tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
+
+    @pytest.mark.parametrize("looked_at", [True, False])
+    def test_a_gradient_that_is_looked_at_before_or_kept_stays_as_the_update_left_it(self, looked_at):
+        held = parameter()
+        held.update_rule = chainer.optimizers.SGD().create_update_rule()
+        held.update_rule.add_hook(chainer.optimizer_hooks.WeightDecay(1.0))
+        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
+        with true_gradients_on_masters([held], keep=() if looked_at else {id(held)}):
+            if looked_at:
+                held.grad *= 2
+            held.update()
+            assert held.grad.tolist() == ([2, 3, 4] if looked_at else [1.5, 2, 2.5])
+        assert held.grad.tolist() == [0.5, 1, 1.5]
 
     def test_gradients_are_in_flight_again_afterwards(self):
         held = parameter()
