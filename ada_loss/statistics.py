@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,8 +19,11 @@ import numpy as np
 
 T = TypeVar("T")
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements read at a time on NumPy: few enough for the cache, enough to drown the cost of the calls."""
+
+DOT = 1 << 13
+"""Elements of one dot product."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,17 @@ def _ldexp(value: float, shift: int) -> float:
         return sys.float_info.max
 
 
+# Arrays without dimensions, because they are cheaper operands than scalars.
 _MASKS = {
-    kind.itemsize: (kind.type(np.iinfo(kind).max >> 1), kind.type(1))
+    kind.itemsize: (np.array(np.iinfo(kind).max >> 1, kind), np.array(1, kind))
     for kind in map(np.dtype, ("u2", "u4", "u8"))
 }
 """By size of the elements: the bits that make up a float's magnitude, and a one of the same integer type."""
+
+_SHIFT = np.array(13, np.uint32)
+_UNSHIFT = np.array(2.0**112, np.float32)
+_SQUARABLE = 2.0**-50
+"""Where the largest magnitude of a vector is between this and its inverse, float32 can sum its squares."""
 
 NOTHING = Statistics(0, 0, 0.0, 0.0, 0.0, True)
 ONE = Statistics(1, 1, 1.0, 1.0, 1.0, True)
@@ -142,8 +151,18 @@ def begin(array: Any, *, smallest: bool = False, logs: bool = False) -> Begun[St
         return NOTHING
     if module_of(array) is not np:
         return _begin_on_device(array, smallest, logs)
+    if array.size <= CHUNK and array.flags.forc:
+        return _summarize_chunk(array.ravel("K"), smallest, logs)
+    return merge([_summarize_chunk(chunk, smallest, logs) for chunk in _chunks(array)])
+
+
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The elements in contiguous vectors of at most CHUNK each, in any order."""
+    if array.flags.forc:
+        flat = array.ravel("K")
+        return (flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK))
     chunks = np.nditer(array, ["external_loop", "buffered"], order="K", buffersize=CHUNK)
-    return merge([_summarize_chunk(np.asarray(chunk), smallest, logs) for chunk in chunks])
+    return map(np.asarray, chunks)
 
 
 def begin_product_extremes(gy_rows: Any, weight_rows: Any) -> Begun[tuple[float, float]]:
@@ -225,40 +244,47 @@ def _summarize_chunk(chunk: np.ndarray, smallest: bool, logs: bool) -> Statistic
     do, and integers are several times faster than float16 arithmetic."""
     mask, one = _MASKS[chunk.itemsize]
     bits = chunk.view(mask.dtype) & mask
-    largest = float(bits.max().view(chunk.dtype))
+    largest = abs(chunk.item(bits.argmax()))
     if not math.isfinite(largest):
         return UNUSABLE
-    nonzero = int(np.count_nonzero(bits))
-    if not nonzero:
+    if not largest:
         return Statistics(chunk.size, 0, 0.0, 0.0, 0.0, True)
-    magnitudes = _widen(bits, chunk.dtype)
-    logarithms = np.log(magnitudes[bits > 0], dtype=np.float64) if logs else np.zeros(1)
-    # Not the dot product: BLAS would wake threads that others are using.
-    sum_squares = float(np.square(magnitudes).sum(dtype=np.float64))
-    low = 0.0
+    nonzero = int(np.count_nonzero(bits))
+    magnitudes = _squarable(bits, chunk.dtype, largest)
+    sum_squares = _sum_squares(magnitudes)
+    low = sum_logs = sum_squared_logs = 0.0
+    if logs:
+        # With a one in the place of every zero. Their spread is a small difference of large sums.
+        logarithms = np.log(magnitudes + (bits == 0)).astype(np.float64)
+        sum_logs, sum_squared_logs = float(logarithms.sum()), _sum_squares(logarithms)
     if smallest:
         bits -= one  # zero becomes the largest integer, so the minimum passes it over
-        low = float((bits.min() + one).view(chunk.dtype))
-    return Statistics(
-        count=chunk.size,
-        nonzero=nonzero,
-        sum_squares=sum_squares,
-        largest=largest,
-        smallest=low,
-        finite=True,
-        sum_logs=float(logarithms.sum()),
-        sum_squared_logs=float(logarithms @ logarithms),
-    )
+        low = abs(chunk.item(bits.argmin()))
+    return Statistics(chunk.size, nonzero, sum_squares, largest, low, True, sum_logs, sum_squared_logs)
 
 
-def _widen(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The finite magnitudes with these bits, in a type in which their squares neither overflow nor vanish."""
-    if dtype != np.float16:
-        return bits.view(dtype).astype(np.float64, copy=False)
-    # Shifted into place, exponent and mantissa of a float16 are those of a float32 2**112 times as small.
-    magnitudes = np.left_shift(bits, 13, dtype=np.uint32).view(np.float32)
-    magnitudes *= np.float32(2.0**112)
-    return magnitudes
+def _squarable(bits: np.ndarray, dtype: np.dtype, largest: float) -> np.ndarray:
+    """The finite magnitudes with these bits, in a type that holds the square of the largest and of all that
+    count beside it."""
+    if dtype == np.float16:
+        # Shifted into place, exponent and mantissa of a float16 are those of a float32 2**112 times as small.
+        wide = bits.astype(np.uint32)
+        wide <<= _SHIFT
+        magnitudes = wide.view(np.float32)
+        magnitudes *= _UNSHIFT
+        return magnitudes
+    magnitudes = bits.view(dtype)
+    return magnitudes if _SQUARABLE < largest < 1 / _SQUARABLE else magnitudes.astype(np.float64, copy=False)
+
+
+def _sum_squares(vector: np.ndarray) -> float:
+    """The sum of the squares, a part at a time: for longer vectors BLAS would wake threads that others use,
+    and sums in float32 lose more."""
+    total = 0.0
+    for start in range(0, vector.size, DOT):
+        part = vector[start : start + DOT]
+        total += float(part.dot(part))
+    return total
 
 
 def _begin_on_device(array: Any, smallest: bool, logs: bool) -> OnDevice[Statistics]:

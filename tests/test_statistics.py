@@ -49,6 +49,12 @@ def test_summary_equals_a_float64_computation(dtype, size):
     assert_summary_is_float64s(spread(size, dtype, seed=size, zeros=0.3 if size > 2 else 0))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("log2_range", [(-120, 120), (-130, -60), (-60, -40), (40, 60), (-40, 40)])
+def test_wide_formats_are_summarized_over_their_whole_range(dtype, log2_range):
+    assert_summary_is_float64s(spread(CHUNK + 100, dtype, seed=13, log2_range=log2_range))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_of_any_layout_are_read_element_by_element(dtype):
     x = spread((5, 300, 47), dtype, seed=1)
