@@ -3,8 +3,19 @@ import pytest
 
 from ada_loss import casting
 from ada_loss.casting import chunks, to_float16, to_float32
+from ada_loss.chainer import kernels
+from chainer_.kernels_.reference import EACH_PROVIDER
+
+pytestmark = EACH_PROVIDER
+"""The provider of Chainer's kernels also decides who casts."""
 
 ALL_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+
+
+@pytest.fixture(autouse=True)
+def under(provider):
+    with kernels.using(provider):
+        yield
 
 
 def numpys_cast(values):
@@ -112,6 +123,17 @@ def test_chunks_cover_every_element_once_and_fit_the_cache():
         parts = [parts for parts in chunks(strided, strided + 1)]
         assert all(a.size <= casting.CHUNK and (a + 1 == b).all() for a, b in parts)
         np.testing.assert_array_equal(np.concatenate([a.ravel() for a, _ in parts]), strided.ravel())
+
+
+def test_read_only_and_broadcast_arrays_are_cast_without_a_warning(recwarn):
+    source = np.random.default_rng(4).standard_normal((30, 50)).astype(np.float32)
+    source.flags.writeable = False
+    halves = source.astype(np.float16)
+    for values in (source, np.broadcast_to(source, (9, *source.shape)), np.broadcast_to(source[0], (50, 50))):
+        assert_same_float16(to_float16(values), values.astype(np.float16))
+    wide = to_float32(np.broadcast_to(halves, (9, *halves.shape)))
+    np.testing.assert_array_equal(wide, np.stack([halves] * 9).astype(np.float32))
+    assert not recwarn.list
 
 
 def test_another_dtype_or_shape_is_refused():

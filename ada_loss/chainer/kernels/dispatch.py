@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ada_loss import casting
+
 Kernel = Callable[..., Any]
 """Called as kernel(self, *args) in a method's place; returns None to leave the call to Chainer."""
 
@@ -24,10 +26,14 @@ Hook = tuple[type, str]
 
 @dataclass(frozen=True)
 class Provider:
-    """A name and the kernels that it puts in the place of Chainer's methods."""
+    """A name and the kernels that it puts in the place of Chainer's methods.
+
+    copy: what casts NumPy arrays between float16 and float32, unless it is `ada_loss.casting` itself.
+    """
 
     name: str
     kernels: Mapping[Hook, Kernel] = field(default_factory=dict, repr=False)
+    copy: casting.Copy | None = None
 
 
 def before(preferred: Mapping[Hook, Kernel], fallback: Mapping[Hook, Kernel]) -> dict[Hook, Kernel]:
@@ -55,6 +61,9 @@ _hooked: set[Hook] = set()
 def active() -> Provider:
     """The provider in use here: that of the innermost block in this thread, else the process's."""
     return _for_block.get() or _for_process
+
+
+casting.prefer(lambda: active().copy)
 
 
 def activate(provider: Provider) -> None:

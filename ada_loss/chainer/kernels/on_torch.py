@@ -30,6 +30,20 @@ _IMAGES_ELEMENTS = 1 << 23
 """Elements of input and output that are in float32 at a time."""
 
 
+def copy(source: np.ndarray, out: np.ndarray) -> bool:
+    """Cast a NumPy array into another between float16 and float32, with the bits of `ada_loss.casting`.
+
+    False where PyTorch does not take such arrays: read-only ones, strides that run backwards.
+    """
+    if not source.flags.writeable:
+        return False
+    try:
+        torch.from_numpy(out).copy_(torch.from_numpy(source))
+    except ValueError:
+        return False
+    return True
+
+
 def _arguments(geometry: Geometry) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
     """Stride, padding, dilation and groups, in PyTorch's order."""
     return geometry.stride, geometry.pad, geometry.dilation, geometry.groups

@@ -31,7 +31,7 @@ def provider(name: str) -> Provider:
             raise ImportError(
                 "The kernels 'torch' need PyTorch: install ada-loss[torch], or use the kernels 'numpy'."
             )
-        from ada_loss.chainer.kernels.on_torch import KERNELS as TORCH_KERNELS
+        from ada_loss.chainer.kernels import on_torch
 
-        return Provider(name, before(TORCH_KERNELS, provider("numpy").kernels))
+        return Provider(name, before(on_torch.KERNELS, provider("numpy").kernels), on_torch.copy)
     raise ValueError(f"There are no kernels {name!r}: choose one of {', '.join(PROVIDERS)}.")

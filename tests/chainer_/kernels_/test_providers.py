@@ -9,6 +9,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 
+from ada_loss import casting
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import dispatch
 from ada_loss.chainer.kernels.providers import provider
@@ -172,6 +173,44 @@ def test_float32_and_float64_agree_with_chainers_to_rounding_under_torch(dtype):
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype == dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=2e3 * np.finfo(dtype).eps * max(1, np.abs(b).max()))
+
+
+def test_a_provider_casts_in_its_block_and_thread_only():
+    cast_here = []
+
+    def copy(source, out):
+        cast_here.append(source.size)
+        return False
+
+    source = np.ones(5000, np.float32)
+    block = dispatch.Provider("ours", copy=copy)
+    leave = dispatch.enter(block)
+    try:
+        in_block = casting.to_float16(source)
+        thread = threading.Thread(target=casting.to_float16, args=(source,))
+        thread.start()
+        thread.join(10)
+    finally:
+        leave()
+    assert casting.to_float16(source).dtype == in_block.dtype == np.float16
+    assert cast_here == [5000]
+
+
+@WITH_TORCH
+def test_torch_casts_under_torch_and_leaves_what_it_cannot_take():
+    from ada_loss.chainer.kernels.on_torch import copy
+
+    assert provider("torch").copy is copy
+    assert provider("numpy").copy is provider("chainer").copy is None
+    source, out = (
+        np.random.default_rng(0).standard_normal(2000).astype(np.float32),
+        np.zeros(2000, np.float16),
+    )
+    assert copy(source, out)
+    np.testing.assert_array_equal(out, source.astype(np.float16))
+    assert not copy(source[::-1], out)
+    assert not copy(np.broadcast_to(source[0], 2000), out)
+    np.testing.assert_array_equal(out, source.astype(np.float16))
 
 
 @WITH_TORCH
