@@ -1,7 +1,8 @@
 """Moments and extremes of an array, everything that the rules ask for, in one pass.
 
 Works on NumPy and CuPy arrays of float16, float32 and float64. On NumPy the array is read in chunks that
-stay in the cache, so no temporary of its size exists; on CuPy the results come over in one transfer.
+stay in the cache, so no temporary of its size exists; on CuPy a kernel of its own reads it once
+(`device_statistics`), and the figures of many arrays come over in one transfer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
+
+from ada_loss import device_statistics
 
 T = TypeVar("T")
 
@@ -191,7 +194,8 @@ def _product_extremes(figures: list[float]) -> tuple[float, float]:
 
 def _extremes_by_row(matrix: Any) -> tuple[Any, Any]:
     """Smallest nonzero and largest magnitude in every row, vectors of float64; 0 and 0 for a row of zeros."""
-    mask, one = _MASKS[matrix.itemsize]
+    # As scalars: CuPy takes no arrays of NumPy's.
+    mask, one = (array[()] for array in _MASKS[matrix.itemsize])
     bits = matrix.view(mask.dtype) & mask
     high = bits.max(axis=1)
     bits -= one  # as in _summarize_chunk
@@ -288,33 +292,13 @@ def _sum_squares(vector: np.ndarray) -> float:
 
 
 def _begin_on_device(array: Any, smallest: bool, logs: bool) -> OnDevice[Statistics]:
-    xp = module_of(array)
-    magnitudes = xp.abs(array).astype(np.float64)
-    present = magnitudes > 0
-    logarithms = xp.log(xp.where(present, magnitudes, 1.0))
-    figures = [
-        xp.count_nonzero(present),
-        xp.square(magnitudes).sum(),
-        magnitudes.max(),
-        xp.where(present, magnitudes, np.inf).min(),
-        logarithms.sum(),
-        xp.square(logarithms).sum(),
-    ]
-    vector = xp.stack([f.astype(np.float64) for f in figures])
-    return OnDevice(vector, partial(_from_figures, array.size, smallest, logs))
+    figures = device_statistics.figures(module_of(array), array, logs)
+    return OnDevice(figures, partial(_from_figures, array.size, smallest))
 
 
-def _from_figures(count: int, smallest: bool, logs: bool, figures: list[float]) -> Statistics:
-    nonzero, sum_squares, largest, low, *sums_of_logs = figures
+def _from_figures(count: int, smallest: bool, figures: list[float]) -> Statistics:
+    nonzero, sum_squares, largest, low, sum_logs, sum_squared_logs = figures
     if not math.isfinite(largest):
         return UNUSABLE
-    return Statistics(
-        count=count,
-        nonzero=int(nonzero),
-        sum_squares=sum_squares,
-        largest=largest,
-        smallest=low if smallest and nonzero else 0.0,
-        finite=True,
-        sum_logs=sums_of_logs[0] if logs else 0.0,
-        sum_squared_logs=sums_of_logs[1] if logs else 0.0,
-    )
+    low = low if smallest and nonzero else 0.0
+    return Statistics(count, int(nonzero), sum_squares, largest, low, True, sum_logs, sum_squared_logs)

@@ -11,7 +11,6 @@ from ada_loss.statistics import (
     UNUSABLE,
     OnDevice,
     Statistics,
-    _begin_on_device,
     begin,
     begin_product_extremes,
     fetch,
@@ -96,25 +95,6 @@ def test_empty_arrays_have_nothing_to_say():
     for dtype in DTYPES:
         assert summarize(np.zeros((3, 0, 2), dtype), logs=True) == NOTHING
     assert NOTHING.mean_square == 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_way_for_devices_finds_the_same(dtype):
-    # It is written for any array module, so NumPy can stand in for CuPy.
-    bad = spread(100, dtype, seed=9)
-    bad[7] = np.nan
-    for x in (spread(5000, dtype, seed=8).reshape(50, 100), np.zeros((3, 4), dtype), bad):
-        for flags in ({"smallest": True, "logs": False}, {"smallest": False, "logs": True}):
-            (found,) = fetch([_begin_on_device(x, **flags)])
-            expected = summarize(x, **flags)
-            assert (found.count, found.nonzero, found.finite) == (
-                expected.count,
-                expected.nonzero,
-                expected.finite,
-            )
-            assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
-            assert found.sum_squares == pytest.approx(expected.sum_squares, rel=1e-5)
-            assert found.log_moments == pytest.approx(expected.log_moments, rel=1e-6)
 
 
 def test_one_is_the_summary_of_a_one():
