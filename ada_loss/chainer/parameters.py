@@ -219,8 +219,10 @@ class ScaledParameter(chainer.Parameter):
 
     def _present(self) -> _Held | None:
         """The gradient as it is: in flight, or true in Chainer's own place for gradients."""
+        if self._in_flight is not None:
+            return self._in_flight
         settled = self._settled()
-        return self._in_flight if settled is None else _Held(InFlight(settled))
+        return None if settled is None else _Held(InFlight(settled))
 
     def _hold(self, held: _Held | None) -> None:
         self._set_grad_without_check(None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import chainer
@@ -101,6 +103,7 @@ class Recorder(chainer.FunctionHook):
         self._next_call = next_call
         self._applied = applied
         self._links = _LinkStack()
+        self._pathless: dict[int, chainer.Link] = {}
         self._given: list[tuple[str | None, AdaLossConfig | None]] = []
         self._around: Recorder | None = None
 
@@ -116,6 +119,7 @@ class Recorder(chainer.FunctionHook):
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         self._links.__exit__(*exc)
+        self._links.running.clear()
         if self._around is not None:
             self._around._links.__enter__()
             chainer.get_function_hooks()[_NAME] = self._around
@@ -145,11 +149,21 @@ class Recorder(chainer.FunctionHook):
 
     def _layer(self) -> tuple[str, AdaLossConfig | None]:
         """The path of the innermost link that has one, and the settings of its own."""
-        for link in reversed(self._links.stack):
-            path = self._path_of(link)
+        self._links.end_those_that_raised()
+        for link, _ in reversed(self._links.running):
+            path = self._find(link)
             if path is not None:
                 return path, getattr(link, "ada_loss_config", None)
         return "/", None
+
+    def _find(self, link: chainer.Link) -> str | None:
+        """The link's path; a link without one is looked for only once while this recorder is entered."""
+        if id(link) in self._pathless:
+            return None
+        path = self._path_of(link)
+        if path is None:
+            self._pathless[id(link)] = link
+        return path
 
 
 def active_recorder() -> Recorder | None:
@@ -163,12 +177,26 @@ class _LinkStack(chainer.LinkHook):
     name = _NAME
 
     def __init__(self) -> None:
-        self.stack: list[chainer.Link] = []
+        self.running: list[tuple[chainer.Link, FrameType]] = []
 
     def forward_preprocess(self, args: Any) -> None:
-        self.stack.append(args.link)
+        self.running.append((args.link, sys._getframe(1)))
 
     def forward_postprocess(self, args: Any) -> None:
         # Links inside that raised, to be caught by this one, are still there.
-        while self.stack and self.stack.pop() is not args.link:
+        while self.running and self.running.pop()[0] is not args.link:
             pass
+
+    def end_those_that_raised(self) -> None:
+        """Drop the innermost links whose call nobody waits for any more.
+
+        Chainer tells nobody that a link raised. The call of one that did not is below us on Python's own
+        stack, and usually a few frames away.
+        """
+        while self.running:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame is not self.running[-1][1]:
+                frame = frame.f_back
+            if frame is not None:
+                return
+            self.running.pop()

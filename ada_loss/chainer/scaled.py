@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
+from ada_loss.chainer import passes
 from ada_loss.chainer.branches import FanOut
 from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter
@@ -96,7 +98,17 @@ class AdaLossScaled(chainer.Chain):
 
     def cleargrads(self) -> None:
         super().cleargrads()
-        self.policy.begin_step()
+        if not passes.running():
+            # A hook that clears gradients while backward runs is in the middle of a step.
+            self.policy.begin_step()
+
+    def copy(self, mode: str = "share") -> AdaLossScaled:
+        """Chainer's copy, with scales of its own: those of the original, or fresh ones in mode `init`."""
+        other = super().copy(mode)
+        other.policy, other._paths = copy.deepcopy(self.policy), LinkPaths()
+        if mode == "init":
+            other.policy.reset()
+        return other
 
     def copyparams(self, link: chainer.Link, copy_persistent: bool = True) -> None:
         """Copy parameters from a link, wrapped or plain; from a wrapped one the scales as well.
