@@ -204,12 +204,12 @@ def _extremes_by_row(matrix: Any) -> tuple[Any, Any]:
 
 
 def largest_magnitude(array: Any) -> float:
-    """max|x|, 0 for an empty array; infinity or NaN where there is one."""
+    """max|x| of a floating-point array, 0 for an empty one; infinity or NaN where there is one."""
     if not array.size:
         return 0.0
-    if module_of(array) is np and array.flags.c_contiguous and array.dtype.itemsize in _MASKS:
+    if module_of(array) is np and array.itemsize in _MASKS:
         mask, _ = _MASKS[array.itemsize]
-        return float((array.view(mask.dtype) & mask).max().view(array.dtype))
+        return abs(array.item((array.view(mask.dtype) & mask).argmax()))
     return float(abs(array).max())
 
 

@@ -14,6 +14,7 @@ from ada_loss.statistics import (
     begin,
     begin_product_extremes,
     fetch,
+    largest_magnitude,
     merge,
     summarize,
 )
@@ -170,6 +171,28 @@ def test_merging_equals_summarizing_at_once():
     assert (merged.largest, merged.smallest) == (whole.largest, whole.smallest)
     assert merged.sum_squares == pytest.approx(whole.sum_squares)
     assert merged.log_moments == pytest.approx(whole.log_moments)
+
+
+def test_merging_does_not_find_what_was_not_asked_for():
+    x = spread(500, np.float16, seed=14)
+    merged = merge([summarize(x, smallest=True), summarize(np.zeros(3)), summarize(2 * x)])
+    assert (merged.smallest, merged.sum_logs, merged.sum_squared_logs) == (0, 0, 0)
+    assert merged.largest == 2 * np.abs(x).max()
+
+
+def test_merging_with_what_is_not_finite_leaves_nothing_usable():
+    assert merge([summarize(np.ones(3)), summarize(np.array([1.0, np.nan]))]) == UNUSABLE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_magnitude_is_found_in_any_layout(dtype):
+    x = spread((5, 300, 7), dtype, seed=15)
+    for view in (x, x.T, x[:, ::2, 1:], x[::-1], x[0, 0, 0], np.zeros((2, 0), dtype)):
+        assert largest_magnitude(view) == np.abs(view).max(initial=0)
+    x[1, 2, 3] = -np.inf
+    assert largest_magnitude(x) == np.inf
+    x[4, 5, 6] = np.nan
+    assert np.isnan(largest_magnitude(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
