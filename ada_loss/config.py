@@ -30,7 +30,7 @@ class AdaLossConfig:
     The two bounds and `n_uf` belong to the ranges of the paper: `fixed` and `auto` do not look at them.
     """
 
-    loss_scale_method: str = "approx_range"
+    loss_scale_method: str = "auto"
     init_scale: float = 1.0
     scale_upper_bound: float | None = 16.0
     accum_upper_bound: float | None = 1024.0
@@ -67,7 +67,7 @@ class AdaLossConfig:
 
     @property
     def scales_sums(self) -> bool:
-        """Whether gradients that add up others, over a batch or over positions, get scales of their own and so
+        """Whether gradients that add up others, over a batch or over positions, get scales of their own, and
         do not overflow, as those of weights; in the paper they share that of what they are computed from."""
         return self.loss_scale_method == "auto"
 

@@ -8,7 +8,7 @@ from ada_loss.config import METHODS, AdaLossConfig
 
 def test_defaults_are_the_papers():
     config = AdaLossConfig()
-    assert config.loss_scale_method == "approx_range"
+    assert config.loss_scale_method == "auto"
     assert (config.scale_upper_bound, config.accum_upper_bound, config.n_uf) == (16.0, 1024.0, 1e-3)
     assert (config.init_scale, config.init_exponent) == (1.0, 0)
     assert config.dynamic_interval is None

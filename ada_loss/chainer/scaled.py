@@ -49,7 +49,7 @@ class AdaLossScaled(chainer.Chain):
     def __init__(
         self,
         link: chainer.Link,
-        loss_scale_method: str = "approx_range",
+        loss_scale_method: str = "auto",
         *,
         filter: Filter | None = None,
         output_dtype: Any = "float32",
