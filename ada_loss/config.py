@@ -9,6 +9,9 @@ from numbers import Integral, Real
 METHODS = ("fixed", "approx_range", "abs_range", "element_wise_range", "auto")
 """Names of the rules by which a layer's scale is chosen; `ada_loss.rules` says what each of them does."""
 
+TIMINGS = ("current", "delayed")
+"""Whether a layer chooses by what arrives in this step, or by what arrived in the step before."""
+
 CAST_DISTRIBUTIONS = ("normal", "log_normal")
 """What the gradients at a cast to float16 may be taken to follow."""
 
@@ -25,6 +28,7 @@ class AdaLossConfig:
     update_per_n_iteration: a layer chooses its scale anew every so many iterations, at least 1.
     dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at
         least 1; None leaves it where it is until an overflow.
+    timing: one of `TIMINGS`; with "delayed" backward does not wait for a GPU, but in the first step.
     cast_distribution: what gradients at a cast to float16 are taken to follow, one of `CAST_DISTRIBUTIONS`.
 
     The two bounds and `n_uf` belong to the ranges of the paper: `fixed` and `auto` do not look at them.
@@ -37,10 +41,12 @@ class AdaLossConfig:
     n_uf: float = 1e-3
     update_per_n_iteration: int = 1
     dynamic_interval: int | None = None
+    timing: str = "current"
     cast_distribution: str = "log_normal"
 
     def __post_init__(self) -> None:
         _check_one_of("loss_scale_method", self.loss_scale_method, METHODS)
+        _check_one_of("timing", self.timing, TIMINGS)
         _check_one_of("cast_distribution", self.cast_distribution, CAST_DISTRIBUTIONS)
         if not _is_real(self.init_scale) or self.init_scale <= 0 or math.frexp(self.init_scale)[0] != 0.5:
             raise ValueError(

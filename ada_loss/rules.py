@@ -1,7 +1,7 @@
 """Which shift a layer adds: the rules, as pure functions of statistics.
 
-A layer computes its input gradient gx as sums of products of its output gradient gy and its weights W.
-`measure` reads the arrays, `choose_shift` decides; the layer's own scale is 2**shift. `approx_range`,
+A layer computes its input gradient gx as sums of products of its output gradient gy and its weights W. From
+what was measured of them `choose_shift` decides; the layer's own scale is 2**shift. `approx_range`,
 `abs_range` and `element_wise_range` follow Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
 Training" (arXiv 1910.12385): scale until hardly any element underflows, but never so far that one could
 overflow.
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
 
 from ada_loss.config import METHODS, AdaLossConfig
 from ada_loss.formats import FLOAT16
-from ada_loss.statistics import NOTHING, ONE, Statistics, begin_product_extremes, fetch, module_of, summarize
+from ada_loss.measurement import Measurement
 
-__all__ = ["METHODS", "Measurement", "choose_shift", "measure"]
+__all__ = ["METHODS", "choose_shift", "floor_log2"]
 
 AUTO_HEADROOM, AUTO_CAST_HEADROOM = 8, 4
 """How many powers of two `auto` keeps between the peak that it expects and the largest float16: of a product
@@ -32,74 +30,6 @@ again. The signal-to-noise ratio is the same from 0 to 18.
 
 AUTO_DEVIATIONS = 8.0
 """How many standard deviations above its largest term a sum of products is expected to reach at most."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a rule knows of a layer, in Python numbers.
-
-    gradient: statistics of gy.
-    weight: statistics of W, those of a single one at a cast.
-    fan: how many products are summed for one element of gx at most.
-    products: where measured, the smallest nonzero and the largest magnitude of an element of gy times a
-        weight that it meets.
-    """
-
-    gradient: Statistics
-    weight: Statistics = ONE
-    fan: int = 1
-    products: tuple[float, float] | None = None
-
-    @property
-    def cast(self) -> bool:
-        """Whether a gradient is only cast, not multiplied by weights."""
-        return self.weight is ONE
-
-    @property
-    def finite(self) -> bool:
-        """Whether every element of gy and W is."""
-        return self.gradient.finite and self.weight.finite
-
-    @property
-    def zero(self) -> bool:
-        """Whether gx is zero because every product is."""
-        return not self.gradient.nonzero or not self.weight.nonzero or self.products == (0.0, 0.0)
-
-    @property
-    def smallest_term(self) -> float:
-        """The smallest that a nonzero product of an element of gy and a weight can be."""
-        return self.products[0] if self.products else self.gradient.smallest * self.weight.smallest
-
-    @property
-    def largest_term(self) -> float:
-        """The largest that a product of an element of gy and a weight can be."""
-        return self.products[1] if self.products else self.gradient.largest * self.weight.largest
-
-
-def measure(
-    config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_axis: int | None = 0
-) -> Measurement:
-    """What the configured rule needs to know of a layer.
-
-    gy: the layer's output gradient, channels (or features) along axis 1, a NumPy or CuPy array of any float
-        type.
-    weight: the layer's weight, of the same module; None where a gradient is cast to float16.
-    fan: products in one sum, out_channels * kh * kw of a convolution, out_features of a linear layer; not
-        looked at for a cast.
-    channel_axis: the axis of `weight` that runs over gy's channels (1 in a deconvolution); only
-        `element_wise_range` looks at it. None where the two share no channels (a matrix product of
-        activations): any element of gy may then meet any of `weight`.
-    """
-    method = config.loss_scale_method
-    if method == "fixed":
-        return Measurement(NOTHING)
-    smallest = _SUFFICIENT_SCALES.get(method) is _scale_for_smallest
-    if weight is None:
-        return Measurement(summarize(gy, smallest=smallest, logs=config.cast_distribution == "log_normal"))
-    measurement = Measurement(summarize(gy, smallest=smallest), summarize(weight, smallest=smallest), fan)
-    if method != "element_wise_range" or channel_axis is None or measurement.zero or not measurement.finite:
-        return measurement
-    return replace(measurement, products=_product_extremes(gy, weight, channel_axis))
 
 
 def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int, *, backoff: int = 0) -> int:
@@ -138,7 +68,7 @@ def _scale_for_share(config: AdaLossConfig, measurement: Measurement) -> float:
         mean, deviation = gradient.log_moments
         return FLOAT16.smallest_subnormal / math.exp(mean + deviation * NormalDist().inv_cdf(config.n_uf))
     terms = 1 if measurement.cast else measurement.fan / 2  # ReLU zeroes half of them
-    sigma = math.sqrt(gradient.mean_square * measurement.weight.mean_square * terms)
+    sigma = math.sqrt(gradient.mean_square * measurement.factor.mean_square * terms)
     if not sigma:
         return 1.0  # so small that not even float64 holds the squares
     # The normal quantile at (1 + p) / 2 is sqrt(2) * erfinv(p).
@@ -160,22 +90,7 @@ _SUFFICIENT_SCALES: dict[str, Callable[[AdaLossConfig, Measurement], float]] = {
 def _auto_shift(measurement: Measurement) -> int:
     """Bring the peak that gx may reach to a fixed distance below the largest float16, up or down."""
     fan, term = measurement.fan, measurement.largest_term
-    deviation = math.sqrt(measurement.gradient.mean_square * measurement.weight.mean_square * fan)
+    deviation = math.sqrt(measurement.gradient.mean_square * measurement.factor.mean_square * fan)
     peak = min(fan * term, term + AUTO_DEVIATIONS * deviation)
     headroom = AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM
     return floor_log2(FLOAT16.max / peak) - headroom
-
-
-def _product_extremes(gy: Any, weight: Any, channel_axis: int) -> tuple[float, float]:
-    """Smallest nonzero and largest |gy * W| over every pair that shares a channel."""
-    channels = gy.shape[1]
-    gy_rows = module_of(gy).moveaxis(gy, 1, 0).reshape(channels, -1)
-    return fetch([begin_product_extremes(gy_rows, _rows(weight, channel_axis, channels))])[0]
-
-
-def _rows(weight: Any, channel_axis: int, channels: int) -> Any:
-    """The weights as a matrix with a row for each channel; in a grouped deconvolution, whose groups share
-    `channel_axis`, the channels of the first group come first."""
-    groups = channels // weight.shape[channel_axis]
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    return module_of(weight).moveaxis(grouped, channel_axis + 1, 1).reshape(channels, -1)

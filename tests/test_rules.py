@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ada_loss.config import METHODS, AdaLossConfig
-from ada_loss.rules import choose_shift, measure
+from ada_loss.measurement import measure
+from ada_loss.rules import choose_shift
 
 U_MIN, U_MAX = 2.0**-24, 65504.0
 UNBOUNDED = AdaLossConfig(scale_upper_bound=None, accum_upper_bound=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import chainer
@@ -20,6 +21,7 @@ from ada_loss.chainer.optimizer import (
 )
 from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter
+from ada_loss.chainer.policy import Measurements
 from ada_loss.formats import FLOAT16
 from ada_loss.statistics import largest_magnitude
 
@@ -63,6 +65,8 @@ class PreparedMultiNodeOptimizer:
         finally:
             for parameter, exponent in zip(parameters, exponents, strict=True):
                 parameter.reclaim(exponent)
+        for scope in scopes(target):
+            scope.policy.learn(partial(agreed_measurements, communicator=self.communicator))
         self.actual_optimizer.update()
 
     def is_changed(self, target: chainer.Link) -> bool:
@@ -139,6 +143,16 @@ def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: An
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
         parameter.lend(None if gradient is None else shifted(gradient, exponent))
     return exponents
+
+
+def agreed_measurements(mine: Measurements, *, communicator: Any) -> Measurements:
+    """What all ranks have measured, each site's taken together; with it they choose the same shifts."""
+    return communicator.mpi_comm.allreduce(mine, op=_merged)
+
+
+def _merged(mine: Measurements, other: Measurements) -> Measurements:
+    both = {site: measurement.merged(other[site]) for site, measurement in mine.items() if site in other}
+    return mine | other | both
 
 
 def at_agreed_exponent(gradient: InFlight, communicator: Any) -> InFlight:

@@ -60,7 +60,10 @@ class Scope:
         """The shift for the gradient of input `product.data`, computed from gy, which carries `exponent`."""
         site = point.site._replace(operand=product.data)
         weight, fan, axis = weight_of(function, product), product.fan(function, gy), product.channel_axis
-        return self.policy.choose(site, gy, exponent, weight, fan, axis, config=point.config)
+        parameter = isinstance(function.inputs[product.weight].get_variable_or_none(), chainer.Parameter)
+        return self.policy.choose(
+            site, gy, exponent, weight, fan, axis, config=point.config, parameter=parameter
+        )
 
     def scales_sums(self, point: Point | None) -> bool:
         """Whether sums of many gradients get scales of their own, at a decision point or elsewhere."""

@@ -1,0 +1,177 @@
+"""What a rule has to know of a layer before it can choose a scale, from the layer's arrays.
+
+On a GPU measurements are begun while backward runs, which does not wait for them, and finished together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from ada_loss.config import AdaLossConfig
+from ada_loss.statistics import (
+    NOTHING,
+    ONE,
+    Begun,
+    Statistics,
+    begin,
+    begin_product_extremes,
+    fetch,
+    merge,
+    module_of,
+)
+
+_OF_SMALLEST = ("abs_range", "element_wise_range")
+"""The rules that look at the smallest magnitudes."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a rule knows of a layer, in Python numbers.
+
+    gradient: statistics of gy.
+    weight: statistics of W; None where a gradient is only cast, not multiplied by weights.
+    fan: how many products are summed for one element of gx at most.
+    products: where measured, the smallest nonzero and the largest magnitude of an element of gy times a
+        weight that it meets.
+    """
+
+    gradient: Statistics
+    weight: Statistics | None = None
+    fan: int = 1
+    products: tuple[float, float] | None = None
+
+    @property
+    def cast(self) -> bool:
+        """Whether a gradient is only cast."""
+        return self.weight is None
+
+    @property
+    def factor(self) -> Statistics:
+        """Statistics of what gy is multiplied by."""
+        return self.weight or ONE
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element of gy and W is."""
+        return self.gradient.finite and self.factor.finite
+
+    @property
+    def zero(self) -> bool:
+        """Whether gx is zero because every product is."""
+        return not self.gradient.nonzero or not self.factor.nonzero or self.products == (0.0, 0.0)
+
+    @property
+    def smallest_term(self) -> float:
+        """The smallest that a nonzero product of an element of gy and a weight can be."""
+        return self.products[0] if self.products else self.gradient.smallest * self.factor.smallest
+
+    @property
+    def largest_term(self) -> float:
+        """The largest that a product of an element of gy and a weight can be."""
+        return self.products[1] if self.products else self.gradient.largest * self.factor.largest
+
+    def scaled(self, shift: int) -> Measurement:
+        """The measurement for gy times 2**shift."""
+        if not shift:
+            return self
+        products = self.products and (self.products[0] * 2.0**shift, self.products[1] * 2.0**shift)
+        return replace(self, gradient=self.gradient.scaled(shift), products=products)
+
+    def merged(self, other: Measurement) -> Measurement:
+        """The measurement of both gradients taken together, as of two processes with the same weights."""
+        products = self.products or other.products
+        if self.products and other.products:
+            (low, high), (other_low, other_high) = self.products, other.products
+            products = min(filter(None, (low, other_low)), default=0.0), max(high, other_high)
+        return replace(self, gradient=merge([self.gradient, other.gradient]), products=products)
+
+    def to_state(self) -> list[Any]:
+        """Plain lists and numbers, for a snapshot."""
+        return [astuple(self.gradient), self.weight and astuple(self.weight), self.fan, self.products]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Measurement:
+        """What `to_state` was called on."""
+        gradient, weight, fan, products = state
+        return cls(
+            Statistics(*gradient),
+            weight and Statistics(*weight),
+            fan,
+            products and (products[0], products[1]),
+        )
+
+
+@dataclass(frozen=True)
+class BegunMeasurement:
+    """A measurement whose figures a GPU may still compute; fields as in `Measurement`."""
+
+    gradient: Begun[Statistics]
+    weight: Begun[Statistics] | None
+    fan: int
+    products: Begun[tuple[float, float]] | None
+
+
+def measure(
+    config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_axis: int | None = 0
+) -> Measurement:
+    """What `begin_measurement` describes; on a GPU this waits for it."""
+    return finish([begin_measurement(config, gy, weight, fan, channel_axis)])[0]
+
+
+def begin_measurement(
+    config: AdaLossConfig,
+    gy: Any,
+    weight: Any,
+    fan: int,
+    channel_axis: int | None = 0,
+    summarize_weight: Callable[..., Begun[Statistics]] = begin,
+) -> BegunMeasurement:
+    """What the configured rule needs to know of a layer, without waiting for a GPU.
+
+    gy: the layer's output gradient, channels (or features) along axis 1, a NumPy or CuPy array of any float
+        type.
+    weight: the layer's weight, of the same module; None where a gradient is cast to float16.
+    fan: products in one sum, out_channels * kh * kw of a convolution, out_features of a linear layer; not
+        looked at for a cast.
+    channel_axis: the axis of `weight` that runs over gy's channels (1 in a deconvolution); only
+        `element_wise_range` looks at it. None where the two share no channels (a matrix product of
+        activations): any element of gy may then meet any of `weight`.
+    summarize_weight: what to use for the statistics of weights in place of `statistics.begin`.
+    """
+    method = config.loss_scale_method
+    if method == "fixed":
+        return BegunMeasurement(NOTHING, None, 1, None)
+    smallest = method in _OF_SMALLEST
+    if weight is None:
+        logs = method == "approx_range" and config.cast_distribution == "log_normal"
+        return BegunMeasurement(begin(gy, smallest=smallest, logs=logs), None, 1, None)
+    products = None
+    if method == "element_wise_range" and channel_axis is not None:
+        products = _begin_products(gy, weight, channel_axis)
+    return BegunMeasurement(
+        begin(gy, smallest=smallest), summarize_weight(weight, smallest=smallest), fan, products
+    )
+
+
+def finish(begun: Sequence[BegunMeasurement]) -> list[Measurement]:
+    """The measurements, in the same order, with one transfer for all of them from a GPU."""
+    figures: list[Any] = [figure for each in begun for figure in (each.gradient, each.weight, each.products)]
+    found = iter(fetch(figures))
+    return [Measurement(next(found), next(found), each.fan, next(found)) for each in begun]
+
+
+def _begin_products(gy: Any, weight: Any, channel_axis: int) -> Begun[tuple[float, float]]:
+    """Smallest nonzero and largest |gy * W| over every pair that shares a channel."""
+    channels = gy.shape[1]
+    gy_rows = module_of(gy).moveaxis(gy, 1, 0).reshape(channels, -1)
+    return begin_product_extremes(gy_rows, _rows(weight, channel_axis, channels))
+
+
+def _rows(weight: Any, channel_axis: int, channels: int) -> Any:
+    """The weights as a matrix with a row for each channel; in a grouped deconvolution, whose groups share
+    `channel_axis`, the channels of the first group come first."""
+    groups = channels // weight.shape[channel_axis]
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    return module_of(weight).moveaxis(grouped, channel_axis + 1, 1).reshape(channels, -1)

@@ -1,0 +1,165 @@
+"""When measurements are taken, and which of them a step's shifts follow from."""
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+from ada_loss.chainer import AdaLossScaled, passes, policy
+from ada_loss.config import METHODS
+from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients
+from toy import batch, prepared, training
+
+
+class Stack(chainer.ChainList):
+    """Three layers, the last of which is used twice."""
+
+    def __init__(self):
+        super().__init__(*(L.Linear(6, 6) for _ in range(3)))
+
+    def forward(self, x):
+        first, second, last = self
+        return last(F.tanh(last(F.tanh(second(F.tanh(first(x)))))))
+
+
+def scaled_stack(method="auto", **settings):
+    with dtype("mixed16"):
+        return AdaLossScaled(Stack(), method, scale_upper_bound=None, accum_upper_bound=None, **settings)
+
+
+def step(model, x, factor=1.0):
+    """A step without an optimizer; the shifts by site."""
+    model.cleargrads()
+    (F.sum(model(chainer.Variable(x)) ** 2) * factor).backward()
+    return {decision.site: decision.shift for decision in model.decisions}
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((4, 6)).astype(np.float16)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "fixed"])
+def test_delayed_shifts_are_those_of_the_step_before(method, x):
+    current, delayed = scaled_stack(method), scaled_stack(method, timing="delayed")
+    delayed.link.copyparams(current.link)
+    factors = [2.0**k for k in (-22, -22, -26)]
+    shifts = [step(current, x, factor) for factor in factors]
+    late = [step(delayed, x, factor) for factor in factors]
+    assert late[0] == shifts[0]
+    assert late[1] == shifts[1]
+    entries = [site for site in shifts[0] if site.path == "(entry)"]
+    assert entries
+    for site in entries:
+        assert late[2][site] == shifts[1][site] != shifts[2][site]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_delayed_gradients_in_float32_are_chainers_bit_for_bit(method, rng):
+    link = Stack()
+    scaled = AdaLossScaled(link.copy("copy"), method, timing="delayed")
+    for _ in range(3):
+        x = rng.standard_normal((4, 6)).astype(np.float32)
+        expected = plain_gradients(link, lambda model, x=x: F.sum(model(x) ** 2))
+        step(scaled, x)
+        assert_same_bits(scaled.true_gradients(), expected)
+
+
+def test_delayed_gradients_in_float16_are_as_good_as_current_ones(rng):
+    delayed = scaled_stack(timing="delayed")
+    wide = Stack()
+    wide.copyparams(delayed.link)
+    for _ in range(4):
+        x = rng.standard_normal((4, 6)).astype(np.float16)
+        step(delayed, x, 2.0**-20)
+        expected = plain_gradients(wide, lambda model, x=x: F.sum(model(x.astype(np.float32)) ** 2))
+        found = {path: np.ldexp(gradient, 20) for path, gradient in delayed.true_gradients().items()}
+        assert_same_as_float32(found, expected, db=45)
+
+
+def test_a_delayed_backward_finishes_no_measurement_after_the_first_step(x, monkeypatch):
+    model = scaled_stack(timing="delayed")
+    step(model, x)
+    finish, finished = policy.finish, []
+
+    def finish_outside(begun):
+        assert not passes.running()
+        finished.append(len(begun))
+        return finish(begun)
+
+    monkeypatch.setattr(policy, "finish", finish_outside)
+    sites = len(step(model, x))
+    step(model, x)
+    assert sites == 5 and finished == [0, sites]
+
+
+def test_a_measurement_that_is_not_finite_changes_no_delayed_shift(x):
+    model = scaled_stack(timing="delayed")
+    for _ in range(2):
+        before = step(model, x)
+    step(model, x, np.inf)
+    assert step(model, x) == before
+
+
+def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
+    # What the entry has scaled up, a rule that aims at a place in the format must not scale up again.
+    model = scaled_stack(update_per_n_iteration=100)
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
+    before = step(model, x)
+    optimizer.update()
+    entry = next(site for site in before if site.path == "(entry)")
+    # Only the entry is measured again.
+    del model.policy.decisions[entry]
+    after = step(model, x, 2.0**-6)
+    assert after[entry] == before[entry] + 6
+    (last, *_) = (decision for decision in model.decisions if decision.site.path == "/2")
+    assert last.shift == before[last.site] - 6
+
+
+@pytest.mark.parametrize("timing", ["current", "delayed"])
+def test_weights_are_summarized_once_in_a_step(timing, x, monkeypatch):
+    model = scaled_stack(timing=timing)
+    step(model, x)
+    begin, seen = policy.begin, []
+    monkeypatch.setattr(policy, "begin", lambda array, **flags: seen.append(array) or begin(array, **flags))
+    step(model, x)
+    assert sorted(map(id, seen)) == sorted(id(layer.W.array) for layer in model.link)
+
+
+def test_weights_are_summarized_again_after_an_update(x):
+    model = scaled_stack()
+    optimizer = prepared(model, chainer.optimizers.SGD(1.0))
+    step(model, x)
+    before = {decision.site: decision.measurement.weight for decision in model.decisions}
+    optimizer.update()
+    step(model, x)
+    for decision in model.decisions:
+        if before[decision.site] is not None:
+            assert decision.measurement.weight != before[decision.site]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_delayed_training_continues_as_the_uninterrupted_one(method, rng, tmp_path):
+    def advance(target, optimizer, batches):
+        for x, t in batches:
+            target.cleargrads()
+            target(x, t).backward()
+            optimizer.update()
+
+    with dtype("mixed16"):
+        batches = [batch(rng, magnitude=2.0**-k) for k in range(6)]
+    target = training(method=method, timing="delayed")
+    optimizer = prepared(target)
+    advance(target, optimizer, batches[:3])
+    chainer.serializers.save_npz(tmp_path / "model.npz", target)
+    chainer.serializers.save_npz(tmp_path / "optimizer.npz", optimizer)
+    resumed = training(method=method, timing="delayed", seed=1)
+    other = prepared(resumed)
+    chainer.serializers.load_npz(tmp_path / "model.npz", resumed)
+    chainer.serializers.load_npz(tmp_path / "optimizer.npz", other)
+    advance(target, optimizer, batches[3:])
+    advance(resumed, other, batches[3:])
+    assert resumed.model.policy.to_json() == target.model.policy.to_json()
+    for (path, mine), (_, theirs) in zip(target.namedparams(), resumed.namedparams(), strict=True):
+        np.testing.assert_array_equal(mine.array, theirs.array, err_msg=path)
