@@ -323,6 +323,19 @@ def exponents(comm: Any) -> dict[str, Any]:
     }
 
 
+def delayed(comm: Any) -> dict[str, Any]:
+    """Measurements and shifts of ranks whose gradients differ in size, after some steps of delayed timing."""
+    with dtype("mixed16"):
+        target = training(method="auto", timing="delayed", norm=no_norm)
+        steps(target, prepared(target, comm), comm, [4.0 ** np.arange(BATCH)] * 3)
+    measured = {d.site.path + str(d.site.call): d.measurement for d in target.model.decisions}
+    return {
+        **{f"shift {d.site.path} {d.site.call}": np.array(d.shift) for d in target.model.decisions},
+        **{f"largest {path}": np.array(m.largest_term) for path, m in measured.items()},
+        "counts": np.array([m.gradient.count for m in measured.values()]),
+    }
+
+
 def statistics(comm: Any) -> dict[str, Any]:
     """Gradients brought to one exponent, as before ranks average statistics of them."""
     from ada_loss.chainer.gradient import InFlight
@@ -352,6 +365,12 @@ CASES: dict[str, Any] = {
         f"normalization {m} {p}": lambda comm, m=m, p=p: normalization(comm, m, p)
         for m, p in METHODS_AND_PRECISIONS
     },
+    **{
+        f"average delayed {method} mixed16": lambda comm, method=method: training_of(
+            comm, "mixed16", method=method, norm=no_norm, init_scale=4, timing="delayed"
+        )
+        for method in ("approx_range", "auto")
+    },
     **{f"branches {fill}": lambda comm, fill=fill: branches(comm, fill) for fill in (True, False)},
     "sharing": sharing,
     "overflow": overflow,
@@ -365,6 +384,7 @@ SEVERAL: dict[str, Any] = {
     "communication": communication,
     "exponents": exponents,
     "statistics": statistics,
+    "delayed": delayed,
     **{
         f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
     },

@@ -66,7 +66,8 @@ class PreparedMultiNodeOptimizer:
             for parameter, exponent in zip(parameters, exponents, strict=True):
                 parameter.reclaim(exponent)
         for scope in scopes(target):
-            scope.policy.learn(partial(agreed_measurements, communicator=self.communicator))
+            if scope.config.timing == "delayed":
+                scope.policy.learn(partial(agreed_measurements, communicator=self.communicator))
         self.actual_optimizer.update()
 
     def is_changed(self, target: chainer.Link) -> bool:

@@ -106,6 +106,12 @@ class TestRanksTrainAsOne:
         case = f"average {method} {precision}"
         assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE[precision])
 
+    @pytest.mark.parametrize("method", ["approx_range", "auto"])
+    def test_with_delayed_timing(self, ranks, alone, method):
+        start = mn_program.masters(training("mixed16", norm=mn_program.no_norm))
+        case = f"average delayed {method} mixed16"
+        assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE["mixed16"])
+
     @pytest.mark.parametrize("precision", TOLERANCE)
     @pytest.mark.parametrize("method", METHODS)
     def test_with_batch_normalization_over_all_ranks(self, ranks, alone, method, precision):
@@ -146,6 +152,12 @@ class TestAgreement:
     def test_takes_one_reduction_of_one_integer_per_parameter_a_step(self, ranks):
         result = ranks.the_same("communication")
         assert result["sizes"].tolist() == [result["parameters"]] * 3
+
+    def test_with_delayed_timing_all_ranks_decide_by_what_all_have_measured(self, ranks):
+        result = ranks.the_same("delayed")
+        samples = mn_program.BATCH
+        assert result["counts"].min() >= samples
+        assert any(name.startswith("shift") and shift for name, shift in result.items())
 
     def test_lends_gradients_that_can_be_added_in_float16(self, ranks):
         for result in ranks["exponents"]:
