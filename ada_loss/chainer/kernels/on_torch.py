@@ -7,7 +7,8 @@ to cuDNN as it is, which multiplies on tensor cores and adds in float32. What Py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,8 +19,10 @@ from chainer.backends import cuda
 from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
 from chainer.utils.conv import get_conv_outsize
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
+from ada_loss.casting import cast, to_float16
+from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.dispatch import Hook, Kernel
 from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
 from ada_loss.chainer.kernels.patches import Geometry
@@ -68,21 +71,29 @@ def _takes_on_cpu(*arrays: Any) -> bool:
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     """The array as a tensor on the same memory where PyTorch can have it, float16 in float32."""
-    array = np.asarray(array, order="C")
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+    array = np.asarray(as_float32(array), order="C")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _parts(x: np.ndarray, y: np.ndarray) -> Iterator[slice]:
+def _images(*arrays: np.ndarray) -> Iterator[slice]:
     """Images to be computed together: all, unless float16 has to be brought to float32."""
-    n = len(x)
-    step = max(1, _IMAGES_ELEMENTS * n // (x.size + y.size)) if np.float16 in (x.dtype, y.dtype) else n
+    n = len(arrays[0])
+    half = any(array.dtype == np.float16 for array in arrays)
+    step = max(1, _IMAGES_ELEMENTS * n // sum(array.size for array in arrays)) if half else n
     for start in range(0, n, step):
         yield slice(start, start + step)
 
 
-def _store(result: torch.Tensor, out: np.ndarray) -> None:
-    torch.from_numpy(out).copy_(result)
+def _map_images(
+    function: Callable[[torch.Tensor], torch.Tensor], x: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A function of images, from x to an array of this shape and of x's type."""
+    if x.dtype != np.float16:
+        return function(_tensor(x)).contiguous().numpy()
+    y = np.empty(shape, np.float16)
+    for images in _images(x, y):
+        to_float16(function(_tensor(x[images])).numpy(), y[images])
+    return y
 
 
 def _convolution(node: Any, inputs: Arrays) -> Arrays | None:
@@ -93,12 +104,12 @@ def _convolution(node: Any, inputs: Arrays) -> Arrays | None:
         return None
     node._check_input_layouts_all_standard()
     node.retain_inputs((0, 1))
-    y = np.empty((len(x), len(W), *out_size), x.dtype)
     weight, bias = _tensor(W), None if b is None else _tensor(b)
-    for images in _parts(x, y):
-        result = torch.nn.functional.conv2d(_tensor(x[images]), weight, bias, *_arguments(geometry))
-        _store(result, y[images])
-    return (y,)
+
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, weight, bias, *_arguments(geometry))
+
+    return (_map_images(convolve, x, (len(x), len(W), *out_size)),)
 
 
 def _convolution_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
@@ -107,12 +118,11 @@ def _convolution_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
     if not (_takes_on_cpu(x, gy) or _takes_on_cpu(gy, x)) or not _fits(geometry, x.shape[2:], gy.shape[2:]):
         return None
     node.retain_inputs((0, 1))
-    total: Any = 0
-    for images in _parts(x, gy):
-        total += conv2d_weight(_tensor(x[images]), node.W_shape, _tensor(gy[images]), *_arguments(geometry))
-    gW = np.empty(node.W_shape, node.W_dtype)
-    _store(total, gW)
-    return (gW,)
+    gradients = (
+        conv2d_weight(_tensor(x[images]), node.W_shape, _tensor(gy[images]), *_arguments(geometry))
+        for images in _images(x, gy)
+    )
+    return (cast(functools.reduce(torch.Tensor.add_, gradients).numpy(), node.W_dtype),)
 
 
 def _deconvolution(node: Any, inputs: Arrays) -> Arrays | None:
@@ -124,13 +134,22 @@ def _deconvolution(node: Any, inputs: Arrays) -> Arrays | None:
     if not _fits(geometry, in_size, gy.shape[2:]):
         return None
     node.retain_inputs((0, 1))
-    gx = np.empty((len(gy), W.shape[1] * node.groups, *in_size), gy.dtype)
-    weight = _tensor(W)
-    bias = 0 if b is None else _tensor(b).reshape(-1, 1, 1)
-    for images in _parts(gx, gy):
-        size = gx[images].shape
-        _store(conv2d_input(size, weight, _tensor(gy[images]), *_arguments(geometry)) + bias, gx[images])
-    return (gx,)
+    weight, bias = _tensor(W), None if b is None else _tensor(b)
+
+    def deconvolve(gy: torch.Tensor) -> torch.Tensor:
+        return _transposed(gy, weight, bias, geometry, in_size)
+
+    return (_map_images(deconvolve, gy, (len(gy), W.shape[1] * node.groups, *in_size)),)
+
+
+def _transposed(
+    gy: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, geometry: Geometry, in_size: tuple[int, int]
+) -> torch.Tensor:
+    """The convolution's input gradient, (images, in channels, *in_size); with a bias, a deconvolution."""
+    stride, pad, dilation, groups = _arguments(geometry)
+    # Positions at the end that no patch reached, fewer than the stride.
+    rest = tuple(n - m + 2 * p for n, m, p in zip(in_size, geometry.extent(gy.shape[2:]), pad, strict=True))
+    return torch.nn.functional.conv_transpose2d(gy, W, b, stride, pad, rest, groups, dilation)
 
 
 def _takes_on_gpu(*arrays: Any) -> bool:
@@ -174,11 +193,10 @@ def _convolution_grad_weight_on_gpu(node: Any, x: Any, gy: Any) -> Arrays | None
 
 def _deconvolution_on_gpu(node: Any, x: Any, W: Any, b: Any) -> Arrays | None:
     geometry, in_size = geometry_of(node, W.shape[2:]), (node.outh, node.outw)
-    if not _takes_on_gpu(x, W) or not _fits(geometry, in_size, x.shape[2:]):
+    operands = (x, W) if b is None else (x, W, b)
+    if not _takes_on_gpu(*operands) or not _fits(geometry, in_size, x.shape[2:]):
         return None
-    size = len(x), W.shape[1], *in_size
-    gx = _on_gpu(lambda x, W: conv2d_input(size, W, x, *_arguments(geometry)), x, W)
-    return (gx if b is None else gx + b.reshape(1, -1, 1, 1),)
+    return (_on_gpu(lambda x, W, b=None: _transposed(x, W, b, geometry, in_size), *operands),)
 
 
 KERNELS: dict[Hook, Kernel] = {

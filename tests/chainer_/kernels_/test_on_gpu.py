@@ -46,12 +46,14 @@ def test_convolution_and_its_gradients_follow_float64_on_the_cpu(arguments, dtyp
         np.testing.assert_allclose(actual.get(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def test_deconvolution_follows_float64_on_the_cpu():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_deconvolution_follows_float64_on_the_cpu(groups):
     rng = np.random.default_rng(1)
-    inputs = [rng.standard_normal(shape).astype(np.float16) for shape in [(2, 4, 7, 5), (4, 3, 4, 4), (3,)]]
+    shapes = [(2, 4, 7, 5), (4, 6 // groups, 4, 4), (6,)]
+    inputs = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
 
     def function(*inputs):
-        return F.deconvolution_2d(*inputs, stride=2, pad=1)
+        return F.deconvolution_2d(*inputs, stride=2, pad=1, groups=groups)
 
     exact, _ = in_float64(function, inputs, None)
     with kernels.using("torch"):
