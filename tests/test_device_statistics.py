@@ -65,7 +65,7 @@ def test_kernels_find_what_numpy_finds(from_kernels, rng, dtype, size):
 
 def test_every_float16_is_read_as_numpy_reads_it(from_kernels):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    for part in np.array_split(halves[np.isfinite(halves)], 64):
+    for part in np.array_split(halves[np.isfinite(halves)], 8):
         assert_same(from_kernels(part), summarize(part, smallest=True, logs=True))
 
 
