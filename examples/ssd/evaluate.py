@@ -6,6 +6,7 @@ from __future__ import annotations
 import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,17 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset-dir", type=Path, help="folder with VOC2007, or where the digits are")
     args = parser.parse_args(argv)
 
-    ranks = start_ranks("naive", on_gpu=False)
-    model, dataset = ranks.rank_0_first(lambda: load_detector_model(args.weights))
-    if args.dataset not in (None, dataset):
-        raise SharedInputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
-    kind = DATASETS[dataset]
-    test_set = ranks.rank_0_first(lambda: kind.open_test(args.dataset_dir))
-    precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)
+    ranks = start_ranks()
+    with ranks.ending_together():
+        model, dataset = ranks.rank_0_first(lambda: load_detector_model(args.weights))
+        if args.dataset not in (None, dataset):
+            raise SharedInputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
+        kind = DATASETS[dataset]
+        test_set = ranks.rank_0_first(lambda: kind.open_test(args.dataset_dir))
+        began = time.monotonic()
+        precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)
+        seconds = time.monotonic() - began
     if precisions is not None:
         for name, precision in zip(kind.classes, precisions, strict=True):
             print(f"{name:>12}  {precision:.4f}")
         print(f"{'mAP':>12}  {np.nanmean(precisions):.4f}")
+        print(f"{len(test_set)} images in {seconds:.1f} s", file=sys.stderr)
     return 0
 
 

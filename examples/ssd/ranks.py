@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import chainer
@@ -60,8 +61,21 @@ class Alone:
         others = self.together(lambda: step() if self.rank else None)
         return first if self.rank == 0 else others  # type: ignore[return-value]
 
-    def fail(self, error: BaseException) -> NoReturn:
-        """End all ranks after an error on this one."""
+    def connected(self, communicator: str) -> Alone:
+        """The same ranks, whose gradients travel by the communicator of ChainerMN of this name."""
+        return self
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """In this block an error on one rank ends all of them; one that all have ends each by itself."""
+        try:
+            yield
+        except SharedInputError:
+            raise
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> NoReturn:
         raise error
 
 
@@ -108,7 +122,12 @@ class Together(Alone):
                 raise SharedInputError(failure if rank == 0 else f"{failure} (seen by rank {rank})")
         return result  # type: ignore[return-value]
 
-    def fail(self, error: BaseException) -> NoReturn:
+    def connected(self, communicator: str) -> Alone:
+        import chainermn
+
+        return Together(chainermn.create_communicator(communicator, self._comm.mpi_comm))
+
+    def _fail(self, error: BaseException) -> NoReturn:
         bad_input = isinstance(error, InputError)
         text = f"error: {error}" if bad_input else "".join(traceback.format_exception(error))
         print(f"rank {self.rank} of {self.size} failed, ending all: {text}", file=sys.stderr, flush=True)
@@ -122,13 +141,9 @@ def launched_size() -> int | None:
     return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), None)
 
 
-def start_ranks(communicator: str, on_gpu: bool) -> Alone:
-    """Join the other ranks if there are any. Raises InputError if this machine can't run the communicator."""
+def start_ranks() -> Alone:
+    """Join the other ranks if there are any. Raises InputError if the launcher's MPI is not Python's."""
     size = launched_size()
-    name = communicator
-    if name == "auto":
-        name = "pure_nccl" if on_gpu else "naive"
-    _check_communicator(name, on_gpu)
     if size is None:
         return Alone()
     try:
@@ -145,21 +160,29 @@ def start_ranks(communicator: str, on_gpu: bool) -> Alone:
             f"The launcher started {size} processes but MPI sees {MPI.COMM_WORLD.size}: use the mpiexec of "
             "the MPI that mpi4py loads (the one beside this Python, if that was installed by pip)."
         )
-    return Together(chainermn.create_communicator(name))
+    return Together(chainermn.create_communicator("naive"))
 
 
-def _check_communicator(name: str, on_gpu: bool) -> None:
+def choose_communicator(name: str, on_gpu: bool) -> str:
+    """What a name of COMMUNICATORS stands for here. Raises InputError if this machine can't run it."""
+    if name == "auto":
+        return ("pure_nccl" if nccl_is_there() else "flat") if on_gpu else "naive"
     if name != "naive" and not on_gpu:
         raise InputError(
             f"The communicator {name} needs a GPU and CuPy: use --communicator naive on the CPU."
         )
-    if name == "pure_nccl":
-        try:
-            from cupy.cuda import nccl  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "The communicator pure_nccl needs a CuPy with NCCL: use --communicator flat."
-            ) from None
+    if name == "pure_nccl" and not nccl_is_there():
+        raise InputError("The communicator pure_nccl needs a CuPy with NCCL: use --communicator flat.")
+    return name
+
+
+def nccl_is_there() -> bool:
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        return False
+    # CuPy puts an empty module in the place of one that it was built without.
+    return getattr(nccl, "available", True)
 
 
 def gpu_is_there() -> bool:

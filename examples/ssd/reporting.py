@@ -81,7 +81,7 @@ def add_reports(trainer: Trainer, ranks: Alone, interval: int, last: int, tensor
     if on_terminal:
         trainer.extend(extensions.ProgressBar(update_interval=5))
     if tensorboard:
-        trainer.extend(TensorBoard(Path(trainer.out)), trigger=every(interval, last))
+        trainer.extend(TensorBoard(), trigger=every(interval, last))
 
 
 def log_rows(trainer: Trainer) -> list[dict[str, float]]:
@@ -91,8 +91,12 @@ def log_rows(trainer: Trainer) -> list[dict[str, float]]:
 class TensorBoard(Extension):
     """Passes the log's newest row on to TensorBoard."""
 
-    def __init__(self, out: Path) -> None:
-        self._writer = find_summary_writer()(str(out / "tensorboard"))
+    _writer: Any = None
+
+    def initialize(self, trainer: Trainer) -> None:
+        # Steps of a killed run that are repeated now replace those of then.
+        step = trainer.updater.iteration + 1
+        self._writer = find_summary_writer()(str(Path(trainer.out) / "tensorboard"), purge_step=step)
 
     def __call__(self, trainer: Trainer) -> None:
         row = log_rows(trainer)[-1]
@@ -101,7 +105,9 @@ class TensorBoard(Extension):
         self._writer.flush()
 
     def finalize(self) -> None:
-        self._writer.close()
+        # A run that is resumed at its end never begins.
+        if self._writer is not None:
+            self._writer.close()
 
 
 def find_summary_writer() -> Callable[[str], Any]:

@@ -14,45 +14,44 @@ import numpy as np
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
 from arguments import Settings, parse_settings
-from errors import InputError, SharedInputError, ends_cleanly
-from ranks import gpu_is_there, start_ranks
+from errors import InputError, ends_cleanly
+from ranks import choose_communicator, gpu_is_there, start_ranks
+from reporting import find_summary_writer
 from training import assemble, summary
 
 
 @ends_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(argv)
-    _check_kernels(settings.kernels)
-    on_gpu = _choose_gpu(settings)
-    ranks = start_ranks(settings.communicator, on_gpu)
-    if settings.batchsize % ranks.size:
-        raise SharedInputError(
-            f"--batchsize {settings.batchsize} does not divide among {ranks.size} ranks: use a multiple."
-        )
-    dtype = chainer.mixed16 if settings.dtype == "mixed16" else np.dtype(settings.dtype)
-    with chainer.using_config("dtype", dtype), kernels.using(settings.kernels):
-        run = assemble(settings, ranks, on_gpu)
-        try:
-            result = run.train()
-        except BaseException as error:
-            ranks.fail(error)
+    ranks = start_ranks()
+    with ranks.ending_together():
+        on_gpu, communicator = ranks.together(lambda: _look_at_machine(settings, ranks.size))
+        ranks = ranks.connected(communicator)
+        dtype = chainer.mixed16 if settings.dtype == "mixed16" else np.dtype(settings.dtype)
+        with chainer.using_config("dtype", dtype), kernels.using(settings.kernels):
+            result = assemble(settings, ranks, on_gpu).train()
     if ranks.rank == 0:
         print(result["message"] or "", end="\n" if result["message"] else "")
         print(summary(result, settings.out))
     return 0
 
 
-def _choose_gpu(settings: Settings) -> bool:
-    if settings.device == "gpu" and not gpu_is_there():
-        raise InputError("--device gpu needs a GPU and CuPy, and there is none: use --device cpu.")
-    return settings.device != "cpu" and gpu_is_there()
-
-
-def _check_kernels(name: str) -> None:
+def _look_at_machine(settings: Settings, n_ranks: int) -> tuple[bool, str]:
+    """Whether to use a GPU, and which communicator. Raises InputError if this machine can't do as told."""
+    if settings.batchsize % n_ranks:
+        raise InputError(
+            f"--batchsize {settings.batchsize} does not divide among {n_ranks} ranks: use a multiple."
+        )
     try:
-        provider(name)
+        provider(settings.kernels)
     except ImportError as error:
         raise InputError(str(error)) from None
+    if settings.tensorboard:
+        find_summary_writer()
+    on_gpu = settings.device != "cpu" and gpu_is_there()
+    if settings.device == "gpu" and not on_gpu:
+        raise InputError("--device gpu needs a GPU and CuPy, and there is none: use --device cpu.")
+    return on_gpu, choose_communicator(settings.communicator, on_gpu)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from models import build_model, input_dtype
 from optimization import learning_rate, make_optimizer
 from ranks import Alone
 from reporting import LOG_FILE, StopAfter, add_reports, at, every, log_rows
-from weights import load_pretrained, save_weights
+from weights import find_pretrained, load_weights, save_weights
 
 RESULT_FILE = "result.json"
 WEIGHTS_FILE = "model.npz"
@@ -191,8 +191,10 @@ def summary(result: dict[str, Any], out: Path) -> str:
 def _open_inputs(settings: Settings) -> tuple[JoinedDatasets, JoinedDatasets, SSD]:
     kind = DATASETS[settings.dataset]
     train_set, test_set = kind.open_train(settings.dataset_dir), kind.open_test(settings.dataset_dir)
+    weights = find_pretrained(settings.pretrained, settings.model_dir)
     model = build_model(settings.model, len(kind.classes), settings.initializer, settings.seed)
-    load_pretrained(model, settings.pretrained, settings.model_dir)
+    if weights is not None:
+        load_weights(weights, model, partial=True)
     return train_set, test_set, model
 
 
@@ -246,15 +248,20 @@ def _extend(
 def _resume(trainer: Trainer, wanted: str, settings: Settings, ranks: Alone) -> None:
     origin = settings.out if wanted == "auto" else Path(wanted)
     iteration = resume(trainer, origin, settings.numerics(), ranks)
-    if iteration is not None:
-        if ranks.rank == 0:
-            print(f"Goes on after iteration {iteration}.", flush=True)
-    elif wanted != "auto":
+    if iteration is None:
+        ranks.together(lambda: _check_that_a_run_may_begin(wanted, settings.out))
+    elif ranks.rank == 0:
+        print(f"Goes on after iteration {iteration}.", flush=True)
+
+
+def _check_that_a_run_may_begin(resume: str, out: Path) -> None:
+    """There is no checkpoint: that is all right if none was named, and no result is there to overwrite."""
+    if resume != "auto":
         raise InputError(
-            f"There is no complete checkpoint in {origin}: name another one, or leave --resume out."
+            f"There is no complete checkpoint in {resume}: name another one, or leave --resume out."
         )
-    elif (settings.out / RESULT_FILE).exists():
+    if (out / RESULT_FILE).exists():
         raise InputError(
-            f"{settings.out} holds a finished run without a complete checkpoint to go on from: name another "
-            "folder with --out."
+            f"{out} holds a finished run without a complete checkpoint to go on from: name another folder "
+            "with --out."
         )

@@ -26,12 +26,11 @@ MODEL_MARKS = {
 FIRST_HEAD = "multibox/conf/0/b"
 
 
-def load_pretrained(model: SSD, pretrained: str, model_dir: Path | None) -> None:
-    """Start from weights: "imagenet" for VGG-16's, "none" for nothing, otherwise a file."""
+def find_pretrained(pretrained: str, model_dir: Path | None) -> Path | None:
+    """The file to start from: VGG-16's weights for "imagenet", none for "none", otherwise the one named."""
     if pretrained == "imagenet":
-        load_weights(find_imagenet(model_dir), model, partial=True)
-    elif pretrained != "none":
-        load_weights(Path(pretrained), model, partial=True)
+        return find_imagenet(model_dir)
+    return None if pretrained == "none" else Path(pretrained)
 
 
 def find_imagenet(model_dir: Path | None) -> Path:
@@ -47,8 +46,8 @@ def find_imagenet(model_dir: Path | None) -> Path:
         except OSError as error:
             reason = str(error)
     raise InputError(
-        f"The ImageNet weights {path.name} can't be had ({reason}): put that file into {folder}, or start "
-        "without them with --pretrained none."
+        f"The ImageNet weights {path.name} can't be had ({reason}): put that file, which is at "
+        f"{IMAGENET_URL}, into {folder}, or start without them with --pretrained none."
     )
 
 
@@ -91,7 +90,8 @@ def save_weights(path: Path, model: SSD) -> None:
     """Write a model's weights; a file of that name is replaced when the new one is complete."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
-        chainer.serializers.save_npz(file, model)
+        # Weights hardly shrink, and large models would take seconds.
+        chainer.serializers.save_npz(file, model, compression=False)
     os.replace(partial, path)
 
 

@@ -29,13 +29,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PASCAL VOC devkit: two training images a year, two test images, one difficult object in each."""
-    folder = tmp_path_factory.mktemp("VOCdevkit")
+    return make_devkit(tmp_path_factory.mktemp("VOCdevkit"), n_images=2)
+
+
+def make_devkit(folder: Path, n_images: int) -> Path:
+    """Splits of `n_images` each: VOC 2007 trainval and test, VOC 2012 trainval."""
     rng = np.random.default_rng(5)
     for year, splits in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
         for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (folder / year / name).mkdir(parents=True)
         for split in splits:
-            ids = [f"{split}_{i}" for i in range(2)]
+            ids = [f"{split}_{i}" for i in range(n_images)]
             (folder / year / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
             for id_ in ids:
                 write_voc_image(folder / year, id_, rng)

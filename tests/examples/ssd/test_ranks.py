@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chainer.serializers import save_npz
 from processes import EXAMPLE, environment, launcher, run_script
+from runs import assert_same_end
 
 from batches import Schedule
-from errors import InputError, launched_rank
+from errors import InputError, SharedInputError, launched_rank
 from models import build_model
-from ranks import launched_size, start_ranks
+from ranks import Alone, Together, choose_communicator, launched_size, start_ranks
 
 
 def arguments(digits: Path, out: Path, *more: object) -> list[str]:
@@ -85,9 +88,7 @@ def test_killed_ranks_resume_and_end_as_if_nothing_had_happened(digits, tmp_path
     again = run_script("train_multi.py", *arguments(digits, ours, *more, "--resume", "auto"), ranks=2)
     assert again.returncode == 0, again.stderr
     assert "Goes on after iteration" in again.stdout
-    for name, array in weights(theirs).items():
-        np.testing.assert_array_equal(weights(ours)[name], array, err_msg=name)
-    assert [row["main/loss"] for row in rows(ours)] == [row["main/loss"] for row in rows(theirs)]
+    assert_same_end(ours, theirs)
 
     alone = run_script("train_multi.py", *arguments(digits, ours, *more, "--resume", "auto"))
     assert alone.returncode == 2
@@ -112,17 +113,83 @@ def test_one_failing_rank_ends_all_with_its_error(digits, tmp_path):
 
 
 def test_bad_input_is_one_sentence_also_from_two_ranks(digits, tmp_path):
+    for package in ("tensorboard", "tensorboardX"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")
+    paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     for more, words in (
         (("--batchsize", "3"), "--batchsize 3 does not divide among 2 ranks"),
         (("--init-scale", "-2"), "--init-scale must be a positive power of two"),
         (("--pretrained", "/nowhere.npz"), "/nowhere.npz can't be read"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
+        (("--tensorboard",), "--tensorboard needs a package that is not there: pip install tensorboardX"),
     ):
-        result = run_script("train_multi.py", *arguments(digits, tmp_path / "run", *more), ranks=2)
+        result = run_script(
+            "train_multi.py", *arguments(digits, tmp_path / "run", *more), ranks=2, PYTHONPATH=paths
+        )
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("error: ") == 1, result.stderr
         assert words in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_image_ends_the_evaluation_on_all_ranks(digits, tmp_path):
+    model = tmp_path / "model.npz"
+    save_npz(model, build_model("small", 10, "lecun-uniform", seed=0))
+    broken = shutil.copytree(digits, tmp_path / "digits")
+    # The second test image, which rank 1 reads.
+    path = broken / "VOC2007" / "JPEGImages" / "000014.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    result = run_script("evaluate.py", model, "--dataset-dir", broken, ranks=2)
+    assert result.returncode == 2
+    assert "rank 1 of 2 failed, ending all: error: " in result.stderr
+    assert path.name in result.stderr
+
+
+class RecordedRanks(Together):
+    """Rank 1 of 3, which only notes with which status it ended all."""
+
+    def __init__(self) -> None:
+        self.aborted: list[int] = []
+        mpi_comm = SimpleNamespace(Abort=self.aborted.append)
+        super().__init__(SimpleNamespace(rank=1, size=3, intra_rank=1, mpi_comm=mpi_comm))
+
+
+@pytest.mark.parametrize(
+    ("error", "statuses", "words"),
+    [
+        (InputError("Nothing there."), [2], "rank 1 of 3 failed, ending all: error: Nothing there.\n"),
+        (ZeroDivisionError("by 0"), [1], "rank 1 of 3 failed, ending all: Traceback"),
+        (SharedInputError("Said by all."), [], ""),
+    ],
+)
+def test_an_error_on_one_rank_ends_all_unless_they_all_have_it(capsys, error, statuses, words):
+    ranks = RecordedRanks()
+    with pytest.raises(type(error)), ranks.ending_together():
+        raise error
+    assert ranks.aborted == statuses
+    assert words in capsys.readouterr().err
+
+
+def test_alone_an_error_is_just_raised(capsys):
+    with pytest.raises(ZeroDivisionError), Alone().ending_together():
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == ""
+
+
+def test_communicators_are_chosen_by_what_the_machine_has(monkeypatch):
+    for there in (True, False):
+        nccl = SimpleNamespace(available=there)
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nccl=nccl))
+        assert choose_communicator("auto", on_gpu=False) == "naive"
+        assert choose_communicator("auto", on_gpu=True) == ("pure_nccl" if there else "flat")
+        for name in ("naive", "flat"):
+            assert choose_communicator(name, on_gpu=True) == name
+    with pytest.raises(InputError, match="pure_nccl needs a CuPy with NCCL: use --communicator flat"):
+        choose_communicator("pure_nccl", on_gpu=True)
+    for name in ("flat", "pure_nccl"):
+        with pytest.raises(InputError, match=f"{name} needs a GPU and CuPy: use --communicator naive"):
+            choose_communicator(name, on_gpu=False)
 
 
 def test_a_launcher_without_its_mpi_is_one_sentence(digits, tmp_path):
@@ -137,7 +204,7 @@ def test_without_mpi4py_a_launcher_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setitem(sys.modules, "chainermn", None)
     with pytest.raises(InputError, match="An MPI launcher started 2 processes but MPI can't be used"):
-        start_ranks("auto", on_gpu=False)
+        start_ranks()
 
 
 def test_one_process_needs_no_mpi(digits, tmp_path):

@@ -87,7 +87,9 @@ def test_predict_overwrites_nothing(digits, model_file, tmp_path, capsys):
 
 def test_evaluate_prints_every_class_and_the_mean(digits, model_file, capsys):
     assert evaluate.main([str(model_file), "--dataset-dir", str(digits)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"4 images in \d+\.\d s\n", printed.err)
+    lines = [line.split() for line in printed.out.splitlines()]
     assert [name for name, _ in lines] == [*DIGIT_CLASSES, "mAP"]
     values = [float(value) for _, value in lines]
     assert values[-1] == pytest.approx(np.nanmean(values[:-1]), abs=1e-4)

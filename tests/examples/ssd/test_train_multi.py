@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chainer.serializers import save_npz
+from runs import assert_same_end, assert_same_weights, read, rows_without_times, weights
 
 import train_multi
-from helpers import dtype
 from models import build_model
 
 METHODS = {
@@ -31,29 +30,6 @@ BRIEF = ("--device", "cpu", "--kernels", "numpy", "--batchsize", "2", "--log-int
 
 def train(digits: Path, out: Path, *args: object) -> int:
     return train_multi.main([*BRIEF, "--dataset-dir", str(digits), "--out", str(out), *map(str, args)])
-
-
-def read(path: Path):
-    return json.loads(path.read_text())
-
-
-def weights(out: Path) -> dict[str, np.ndarray]:
-    with np.load(out / "model.npz") as file:
-        return dict(file)
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-
-
-def rows_without_times(out: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in row.items() if not name.endswith("time") and name != "time_left"}
-        for row in read(out / "log.json")
-    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,8 +150,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, arguments)
     assert train(digits, whole, *arguments) == 0
     checkpoint = whole / "checkpoints" / "iteration-00000003"
     assert train(digits, resumed, *arguments, "--resume", checkpoint) == 0
-    assert_same_weights(whole, resumed)
-    assert rows_without_times(whole) == rows_without_times(resumed)
+    assert_same_end(whole, resumed)
     theirs, ours = (read(out / "result.json") for out in (whole, resumed))
     for name in ("map", "average_precision", "skipped_steps", "final_scale"):
         assert ours[name] == theirs[name]
@@ -194,31 +169,6 @@ def test_resuming_a_finished_run_changes_nothing(digits, tmp_path):
 
 def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(digits, tmp_path):
     assert train(digits, tmp_path / "run", "--iteration", 1, "--dtype", "float32", "--resume", "auto") == 0
-
-
-def test_ssd300_trains_on_a_voc_devkit(devkit, tmp_path):
-    with dtype("mixed16"):
-        before = dict(build_model("ssd300", 20, "xavier", seed=0).namedparams())
-    out = tmp_path / "run"
-    status = train_multi.main(
-        [
-            *("--model", "ssd300", "--dtype", "mixed16", "--loss-scale-method", "approx_range"),
-            *("--dataset-dir", str(devkit), "--out", str(out), "--pretrained", "none"),
-            *("--initializer", "xavier", "--decoder", "argmax", "--loss-norm", "sample"),
-            *("--device", "cpu", "--kernels", "numpy", "--loaders", "0", "--log-interval", "1"),
-            *("--batchsize", "1", "--iteration", "1"),
-        ]
-    )
-    assert status == 0
-    result = read(out / "result.json")
-    assert result["outcome"] == "finished"
-    assert result["settings"]["lr"] == 1e-3
-    assert {name for name, ap in result["average_precision"].items() if ap is not None} >= {"cat", "dog"}
-    after = weights(out)
-    changed = {name for name in after if (after[name] != before["/" + name].array).any()}
-    # Only the maps whose boxes match an object of the image have a head that moves.
-    assert "extractor/conv1_1/W" in changed
-    assert any(name.startswith("multibox/conf") for name in changed)
 
 
 # What is wrong, and words of the sentence that says so.
@@ -282,12 +232,6 @@ def test_a_missing_voc_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data_voc.get_dataset_root", lambda: str(tmp_path))
     assert train_multi.main(["--dataset", "voc", "--out", str(tmp_path / "run")]) == 2
     assert_one_sentence(capsys, "--dataset digits")
-
-
-def test_missing_imagenet_weights_are_one_sentence(devkit, tmp_path, capsys):
-    arguments = ["--model", "ssd300", "--dataset-dir", str(devkit), "--out", str(tmp_path / "run")]
-    assert train_multi.main([*arguments, "--model-dir", str(tmp_path)]) == 2
-    assert_one_sentence(capsys, f"(it is not there): put that file into {tmp_path}")
 
 
 def test_weights_of_another_model_are_one_sentence(digits, tmp_path, capsys):
