@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ class Alone:
     rank, size = 0, 1
 
 
-def prepared(target: chainer.Link, comm: Any, optimizer: Any = None, **options: Any) -> Any:
+HOOKS = (partial(optimizer_hooks.WeightDecay, 0.01), partial(optimizer_hooks.GradientClipping, 0.5))
+
+
+def prepared(
+    target: chainer.Link, comm: Any, optimizer: Any = None, *, hooks: Any = HOOKS, **options: Any
+) -> Any:
     """A prepared optimizer, on several ranks ChainerMN's."""
     optimizer = optimizer or optimizers.MomentumSGD(0.05)
     if comm.size > 1:
@@ -41,8 +47,8 @@ def prepared(target: chainer.Link, comm: Any, optimizer: Any = None, **options: 
 
         optimizer = chainermn.create_multi_node_optimizer(optimizer, comm, **options)
     optimizer.setup(target)
-    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
-    optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+    for hook in hooks:
+        optimizer.add_hook(hook())
     return ada_loss_chainer.prepare(optimizer)
 
 
@@ -84,6 +90,35 @@ def outcome(target: chainer.Link, optimizer: Any) -> dict[str, Any]:
 
 def average(comm: Any, method: str, precision: str) -> dict[str, Any]:
     return training_of(comm, precision, method=method, norm=no_norm, init_scale=4)
+
+
+class SumsInFloat16:
+    """A communicator that sends float16 and adds in float16, as those that flatten gradients on GPUs may."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+
+    def multi_node_mean_grad(self, model: chainer.Link, zero_fill: bool = False) -> None:
+        for _, parameter in sorted(model.namedparams()):
+            if parameter.grad is not None:
+                arrays = self._comm.mpi_comm.allgather(parameter.grad.astype(np.float16))
+                parameter.grad[...] = sum(arrays[1:], start=arrays[0]) / np.float16(self._comm.size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+
+def on_the_wire(comm: Any, method: str) -> dict[str, Any]:
+    """True gradients near the end of float16's range are added in it; ranks have some of different size."""
+    weight, small = 2.0**-20, np.repeat([1.0, 2.0**4], BATCH // 2)
+    with dtype("mixed16"):
+        target = training(method=method, norm=no_norm)
+        target.weight = weight
+        comm = comm if comm.size == 1 else SumsInFloat16(comm)
+        optimizer = prepared(target, comm, optimizers.MomentumSGD(0.01 / weight), hooks=())
+        optimizer.set_loss_scale(2.0**15)
+        steps(target, optimizer, comm, [small, small[::-1], small])
+    return outcome(target, optimizer)
 
 
 def normalization(comm: Any, method: str, precision: str) -> dict[str, Any]:
@@ -371,6 +406,7 @@ CASES: dict[str, Any] = {
         )
         for method in ("approx_range", "auto")
     },
+    **{f"on the wire {m}": lambda comm, m=m: on_the_wire(comm, m) for m in METHODS},
     **{f"branches {fill}": lambda comm, fill=fill: branches(comm, fill) for fill in (True, False)},
     "sharing": sharing,
     "overflow": overflow,

@@ -122,6 +122,12 @@ class TestRanksTrainAsOne:
         # Their variance is E[x^2] - E[x]^2, which costs digits in any precision.
         assert_same_update(ranks.the_same(case), alone(case), start, 3 * TOLERANCE[precision])
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_over_a_communicator_that_adds_in_float16(self, ranks, alone, method):
+        start = mn_program.masters(training("mixed16", norm=mn_program.no_norm))
+        case = f"on the wire {method}"
+        assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE["mixed16"])
+
     @pytest.mark.parametrize("zero_fill", [True, False])
     def test_where_a_rank_has_no_gradient_and_another_a_tiny_one(self, ranks, alone, zero_fill):
         case = f"branches {zero_fill}"
