@@ -32,7 +32,7 @@ from chainer.variable import VariableNode, _check_grad_type
 
 from ada_loss.chainer import passes
 from ada_loss.chainer.decisions import backward_arrays, enters_float16, input_gradient, products_of
-from ada_loss.chainer.gradient import InFlight, add, align, shifted
+from ada_loss.chainer.gradient import InFlight, Peaks, add, align, largest_magnitudes, shifted
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.recorder import Tag, tag_of
 from ada_loss.chainer.sums import gradients_in_range, parameter_gradients
@@ -97,7 +97,7 @@ class BackwardPass:
             self._arrive(node, gx, tag)
         for node in dict.fromkeys(node for node, _ in found):
             if not function.lazy_grad_sum:
-                self._gradients[node] = [add(self._gradients[node])]
+                self._gradients[node] = [add(self._gradients[node], _peaks(tag))]
             self._enqueue(node.creator_node)
 
     def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
@@ -134,7 +134,7 @@ def _with_hooks(
     function: Any, targets: tuple[int, ...], gys: list[InFlight | None], tag: Tag | None
 ) -> Inputs:
     """One function's backward, on the function's device and with the user's function hooks around it."""
-    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys])
+    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys], _peaks(tag))
     in_data = tuple(x.data for x in function.inputs)
     hooks = dict(chainer.get_function_hooks())
     if function._n_local_function_hooks:
@@ -150,11 +150,16 @@ def _with_hooks(
     return found
 
 
-def _aligned(gys: list[InFlight | None]) -> tuple[tuple[Any, ...], int]:
+def _peaks(tag: Tag | None) -> Peaks:
+    """How to tell the largest magnitudes of gradients that meet at a function."""
+    return largest_magnitudes if tag is None else tag.scope.policy.peaks
+
+
+def _aligned(gys: list[InFlight | None], peaks: Peaks) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
     if not present:
         return (None,) * len(gys), 0
-    arrays, exponent = align(present)
+    arrays, exponent = align(present, peaks)
     remaining = iter(arrays)
     return tuple(None if gy is None else next(remaining) for gy in gys), exponent
 
@@ -185,13 +190,14 @@ def _decided(
 ) -> dict[int, tuple[Any, int]]:
     """The gradients of those inputs for which a decision point chooses a shift, and their exponents."""
     if enters_float16(function):
-        shift = tag.scope.choose_for_cast(tag.point, gy, exponent)
+        shift = tag.scope.choose_for_cast(tag.point, gy, exponent).shift
         return {0: (shifted(gy, shift, np.float16), exponent + shift)}
     found = {}
     for product in products_of(function):
         if product.data in targets:
-            shift = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
-            found[product.data] = (input_gradient(function, product, gy, shift), exponent + shift)
+            chosen = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
+            gx = input_gradient(function, product, gy, chosen.shift, chosen.measurement.factor.largest)
+            found[product.data] = (gx, exponent + chosen.shift)
     if tag.scope.scales_sums(tag.point):
         found.update(parameter_gradients(function, targets, gy, exponent))
     return found

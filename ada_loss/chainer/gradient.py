@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,25 +43,34 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
     return cast(module_of(array).asarray(wide), dtype)
 
 
-def align(gradients: Sequence[InFlight]) -> tuple[list[Any], int]:
+Peaks = Callable[[Sequence[InFlight]], list[float]]
+"""Tells the largest magnitudes of several gradients' arrays."""
+
+
+def largest_magnitudes(gradients: Sequence[InFlight]) -> list[float]:
+    """The largest magnitude of each array, by looking; on a GPU this waits for it."""
+    return [largest_magnitude(gradient.array) for gradient in gradients]
+
+
+def align(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> tuple[list[Any], int]:
     """Bring gradients to one exponent: the largest, not above theirs, at which their sum cannot overflow.
 
     None is raised so far that the sum has less than `HEADROOM` left, for sums and factors on the way to the
     next decision point. Gradients whose exponents agree stay as they are in formats wider than float16.
-    Returns the arrays, new ones where they differ, and the exponent.
+    `peaks` is only asked for others. Returns the arrays, new ones where they differ, and the exponent.
     """
     exponents = {gradient.exponent for gradient in gradients}
     target = max(exponents)
     if len(exponents) > 1 or (len(gradients) > 1 and gradients[0].array.dtype == np.float16):
-        target = _safe_exponent(gradients, target)
+        target = _safe_exponent(gradients, peaks(gradients), target)
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
 
-def add(gradients: Sequence[InFlight]) -> InFlight:
-    """The sum of gradients in flight, added from left to right as Chainer adds them."""
+def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> InFlight:
+    """The sum of gradients in flight, aligned and added from left to right as Chainer adds them."""
     if len(gradients) == 1:
         return gradients[0]
-    arrays, exponent = align(gradients)
+    arrays, exponent = align(gradients, peaks)
     dtype = arrays[0].dtype
     total, *rest = (cast(array, np.promote_types(dtype, np.float32)) for array in arrays)
     for array in rest:
@@ -69,13 +78,12 @@ def add(gradients: Sequence[InFlight]) -> InFlight:
     return InFlight(cast(module_of(arrays[0]).asarray(total), dtype), exponent)
 
 
-def _safe_exponent(gradients: Sequence[InFlight], largest: int) -> int:
+def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: int) -> int:
     limit = float(np.finfo(gradients[0].array.dtype).max)
-    peaks = [(largest_magnitude(gradient.array), gradient.exponent) for gradient in gradients]
-    peaks = [(peak, exponent) for peak, exponent in peaks if peak]
-    smallest = min((exponent for _, exponent in peaks), default=largest)
+    present = [(peak, g.exponent) for peak, g in zip(peaks, gradients, strict=True) if peak]
+    smallest = min((exponent for _, exponent in present), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.
-    total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in peaks)
+    total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in present)
     if not total or not math.isfinite(total):
         return largest
     room = -math.frexp(total / limit)[1]

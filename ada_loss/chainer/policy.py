@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ada_loss.chainer import passes
 from ada_loss.chainer.branches import FanOut
+from ada_loss.chainer.gradient import InFlight, largest_magnitudes
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
 from ada_loss.entry_scale import EntryScale
 from ada_loss.measurement import BegunMeasurement, Measurement, begin_measurement, finish
 from ada_loss.rules import choose_shift
 from ada_loss.statistics import Begun, Statistics, begin
+
+MEETING = "(meeting)"
+"""The name of places at which gradients meet, in place of a layer's path."""
 
 _UNDECIDED = -1
 """In place of a back-off: the shift is not that of the measurement yet."""
@@ -54,6 +59,7 @@ class ShiftPolicy:
         self.iteration = 0
         self.decisions: dict[Site, Decision] = {}
         self.branches: tuple[FanOut, ...] | None = None
+        self._peaks: dict[Site, float] = {}
         self._begun: dict[Site, tuple[int, BegunMeasurement]] = {}
         self._weights: dict[tuple[int, bool], tuple[Any, Begun[Statistics]]] = {}
         self._calls: Counter[str] = Counter()
@@ -78,8 +84,8 @@ class ShiftPolicy:
         *,
         config: AdaLossConfig | None = None,
         parameter: bool = False,
-    ) -> int:
-        """The shift at a site for the output gradient `gy` (array) that carries `exponent`.
+    ) -> Decision:
+        """The shift at a site, and why, for the output gradient `gy` (array) that carries `exponent`.
 
         weight, fan, channel_axis: see `ada_loss.measurement`; no weight at a cast. config: the site's own
         settings. parameter: whether `weight` is the array of a parameter, which is the same for a whole step.
@@ -93,13 +99,30 @@ class ShiftPolicy:
             if known is not None and config.timing == "delayed":
                 self._begun[site] = exponent, begun
             else:
-                (measurement,) = finish([begun])
-                if not measurement.finite:
-                    return 0
-                return self._decide(site, config, measurement, exponent)
+                return self._decide(site, config, finish([begun])[0], exponent)
         if (known.exponent, known.backoff) == (exponent, self.entry.backoff):
-            return known.shift
+            return known
         return self._decide(site, config, known.measurement.scaled(exponent - known.exponent), exponent)
+
+    def peaks(self, gradients: Sequence[InFlight]) -> list[float]:
+        """The largest magnitudes of gradients that meet in a backward pass.
+
+        With delayed timing they follow from those that met in the step before; meetings are told apart by
+        their order.
+        """
+        if self.config.timing == "current":
+            return largest_magnitudes(gradients)
+        self._calls[MEETING] += 1
+        sites = [Site(MEETING, self._calls[MEETING], operand) for operand in range(len(gradients))]
+        self._met.update(sites)
+        if not all(site in self._peaks for site in sites):
+            found = largest_magnitudes(gradients)
+            for site, peak, (_, exponent) in zip(sites, found, gradients, strict=True):
+                self._peaks[site] = math.ldexp(peak, -exponent)
+            return found
+        for site, (array, exponent) in zip(sites, gradients, strict=True):
+            self._begun[site] = exponent, BegunMeasurement(begin(array), None, 1, None)
+        return [math.ldexp(self._peaks[site], g.exponent) for site, g in zip(sites, gradients, strict=True)]
 
     def settings(self, site: Site, own: AdaLossConfig | None = None) -> AdaLossConfig:
         """The settings at a site; own: those of the site itself, if it has any."""
@@ -119,9 +142,13 @@ class ShiftPolicy:
         }
         for site, measurement in (agree(learned) if agree else learned).items():
             known = self.decisions.get(site)
-            if known is not None and measurement.finite:
+            if not measurement.finite:
+                continue
+            if known is not None:
                 measurement = measurement.scaled(known.exponent)
                 self.decisions[site] = replace(known, backoff=_UNDECIDED, measurement=measurement)
+            elif site in self._peaks:
+                self._peaks[site] = measurement.gradient.largest
 
     def end_step(self, *, finite: bool) -> None:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""
@@ -129,6 +156,7 @@ class ShiftPolicy:
         self.iteration += 1
         # Sites that do not come up any more would pile up.
         self.decisions = {site: decision for site, decision in self.decisions.items() if site in self._met}
+        self._peaks = {site: peak for site, peak in self._peaks.items() if site in self._met}
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -144,9 +172,13 @@ class ShiftPolicy:
             [*d.site, d.exponent, d.backoff, d.shift, d.measurement.to_state()]
             for d in self.decisions.values()
         ]
-        return json.dumps(
-            {"iteration": self.iteration, "entry": self.entry.to_state(), "decisions": decisions}
-        )
+        state = {
+            "iteration": self.iteration,
+            "entry": self.entry.to_state(),
+            "decisions": decisions,
+            "peaks": [[*site, peak] for site, peak in self._peaks.items()],
+        }
+        return json.dumps(state)
 
     def load_json(self, text: str) -> None:
         """Continue from what `to_json` returned."""
@@ -158,6 +190,7 @@ class ShiftPolicy:
             for path, call, operand, exponent, backoff, shift, measurement in state["decisions"]
         ]
         self.decisions = {decision.site: decision for decision in decisions}
+        self._peaks = {Site(path, call, operand): peak for path, call, operand, peak in state["peaks"]}
         self._begun.clear()
         self._weights.clear()
         self._calls.clear()
@@ -166,11 +199,13 @@ class ShiftPolicy:
         """Start afresh, as after construction."""
         self.__init__(self.config, self.layers)  # type: ignore[misc]
 
-    def _decide(self, site: Site, config: AdaLossConfig, measurement: Measurement, exponent: int) -> int:
+    def _decide(self, site: Site, config: AdaLossConfig, measurement: Measurement, exponent: int) -> Decision:
         backoff = self.entry.backoff
         shift = choose_shift(config, measurement, exponent, backoff=backoff)
-        self.decisions[site] = Decision(site, exponent, backoff, shift, measurement)
-        return shift
+        decision = Decision(site, exponent, backoff, shift, measurement)
+        if measurement.finite:
+            self.decisions[site] = decision
+        return decision
 
     def _begin_weight(self, weight: Any, *, smallest: bool) -> Begun[Statistics]:
         """Statistics of a parameter, computed once in a step."""

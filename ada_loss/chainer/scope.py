@@ -11,7 +11,7 @@ import numpy as np
 
 from ada_loss.chainer.branches import find_branches
 from ada_loss.chainer.decisions import Product, weight_of
-from ada_loss.chainer.policy import ShiftPolicy
+from ada_loss.chainer.policy import Decision, ShiftPolicy
 from ada_loss.chainer.recorder import LinkPaths, Point, Recorder
 from ada_loss.chainer.structure import map_variables
 
@@ -56,7 +56,7 @@ class Scope:
 
     def choose_for_product(
         self, point: Point, function: Any, product: Product, gy: Any, exponent: int
-    ) -> int:
+    ) -> Decision:
         """The shift for the gradient of input `product.data`, computed from gy, which carries `exponent`."""
         site = point.site._replace(operand=product.data)
         weight, fan, axis = weight_of(function, product), product.fan(function, gy), product.channel_axis
@@ -70,7 +70,7 @@ class Scope:
         policy = self.policy
         return (policy.settings(point.site, point.config) if point else policy.config).scales_sums
 
-    def choose_for_cast(self, point: Point, gy: Any, exponent: int) -> int:
+    def choose_for_cast(self, point: Point, gy: Any, exponent: int) -> Decision:
         """The shift with which a gradient is rounded to float16."""
         return self.policy.choose(point.site, gy, exponent, config=point.config)
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from chainer.functions.connection.linear import LinearFunction
 
-from ada_loss.chainer.decisions import input_gradient, is_decision, products_of
+from ada_loss.chainer.decisions import carried_in_float16, input_gradient, is_decision, products_of
+from ada_loss.chainer.gradient import shifted
+from ada_loss.formats import FLOAT16
 
 PRODUCTS = {
     "linear": (F.linear, [(3, 6), (4, 6)]),
@@ -130,3 +132,15 @@ def test_subclasses_of_a_decision_point_are_decision_points():
     assert products_of(y.creator_node) == products_of(
         F.linear(*y.creator_node.get_retained_inputs()).creator_node
     )
+
+
+@pytest.mark.parametrize("shift", [-9, 0, 1, 7, 40])
+@pytest.mark.parametrize("size", [2.0**-20, 0.1, 3.0, 40000.0])
+def test_float16_weights_carry_of_a_shift_what_is_exact(shift, size, rng):
+    weight = (size * rng.uniform(-1, 1, 50)).astype(np.float16)
+    largest = float(np.abs(weight).max())
+    carried = carried_in_float16(shift, largest)
+    assert min(shift, 0) <= carried <= max(shift, 0)
+    scaled = shifted(weight, carried)
+    np.testing.assert_array_equal(scaled.astype(np.float64), np.ldexp(weight.astype(np.float64), carried))
+    assert carried == shift or shift < 0 or 2 * np.abs(scaled.astype(np.float64)).max() > FLOAT16.max
