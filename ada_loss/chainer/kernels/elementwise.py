@@ -32,7 +32,9 @@ def in_float32(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.n
 
 
 def has_nan(x: np.ndarray) -> bool:
-    """Whether any element of the float16 array is NaN."""
+    """Whether any element of a floating-point array is NaN."""
+    if x.dtype != np.float16:
+        return bool(x.size and np.isnan(np.maximum.reduce(x, axis=None)))
     return any(
         np.maximum.reduce(part.view(np.int16), axis=None) > INFINITY
         or np.maximum.reduce(part.view(np.uint16), axis=None) > 0x8000 + INFINITY
@@ -52,10 +54,8 @@ def relu(x: np.ndarray) -> np.ndarray | None:
 
 
 def relu_grad(y: np.ndarray, gy: np.ndarray) -> np.ndarray | None:
-    """gy where y > 0, else 0, in float16; None if gy is not finite everywhere, which this would hide.
-
-    y is free of NaN.
-    """
+    """gy where y > 0, else 0, in float16; None if gy is not finite everywhere, which this would hide, or y
+    contains a NaN, which would count as positive."""
     y, gy = np.asarray(y, order="C"), np.asarray(gy, order="C")
     gx = np.empty(gy.shape, np.float16)
     for outputs, gradient, target in chunks(*(a.view(np.int16).reshape(-1) for a in (y, gy, gx))):
@@ -64,6 +64,8 @@ def relu_grad(y: np.ndarray, gy: np.ndarray) -> np.ndarray | None:
             return None
         # All bits set where y is positive: its negative has the sign bit.
         np.maximum(outputs, _ZEROS[: outputs.size], out=target)
+        if np.maximum.reduce(target) > INFINITY:
+            return None
         np.negative(target, target)
         np.right_shift(target, _SIGN_SHIFT, target)
         np.bitwise_and(target, gradient, target)

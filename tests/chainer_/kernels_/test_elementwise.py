@@ -64,6 +64,17 @@ def test_a_gradient_that_is_not_finite_does_not_vanish_in_relu(bad):
     assert not np.isfinite(gx[:2]).any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_nan_in_the_input_of_relu_lets_no_gradient_through(sign):
+    x, gy = np.float16([1, np.nan, -1, 2]), np.float16([3, 4, 5, 6])
+    x[1] = np.copysign(x[1], np.float16(sign))
+    expected, (expected_gx,) = run(F.relu, [x], gy, "chainer")
+    y, (gx,) = run(F.relu, [x], gy, "numpy")
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(gx, expected_gx)
+    np.testing.assert_array_equal(gx, [3, 0, 0, 6])
+
+
 def test_relu_of_strided_arrays_is_the_same():
     rng = np.random.default_rng(1)
     x, gy = random(rng, 40, 50, 60).T[::2, ::-1], random(rng, 30, 50, 40)
