@@ -3,8 +3,9 @@
 | provider  | what runs                                                                                     |
 | --------- | --------------------------------------------------------------------------------------------- |
 | `chainer` | Chainer as it is                                                                              |
-| `numpy`   | float16 NumPy arrays through float32 BLAS; everything else, float32 included, is Chainer's    |
-| `torch`   | PyTorch's convolutions (oneDNN on CPU, cuDNN on GPU), without copies; the rest is `numpy`'s   |
+| `numpy`   | float16 NumPy arrays through float32 BLAS; wider ones keep the bits that Chainer gives them   |
+| `torch`   | PyTorch's convolutions (oneDNN on CPU, cuDNN on GPU), without copies, batch normalization and |
+|           | casts between float16 and float32; the rest is `numpy`'s                                      |
 | `auto`    | `torch` where PyTorch is installed, else `numpy`                                              |
 
 In float16 they all but `chainer` read float16, multiply and add in float32 and round the result once to

@@ -1,7 +1,7 @@
-"""Max pooling of float16 arrays on the CPU, in any number of dimensions, without a padded copy.
+"""Max pooling on the CPU, in any number of dimensions, without a padded copy.
 
 Works tap by tap, a tap being one place in the window: all outputs see their value at that tap as one
-strided slice of the input. Values are compared as integers that order as the float16 do.
+strided slice of the input. float16 are compared as integers that order as they do.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, to_float16, to_float32
+from ada_loss.casting import CHUNK, cast
+from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.elementwise import INFINITY, has_nan
 
 _MAGNITUDE = np.array(0x7FFF, np.int16)
 _SIGN_SHIFT = np.array(15, np.int16)
+_BITS = {2: np.int16, 4: np.int32, 8: np.int64}
+"""Integers as wide as a floating-point number of so many bytes."""
 
 Slices = tuple[slice, ...]
 
@@ -53,40 +56,48 @@ class Window:
 def max_pool(
     x: np.ndarray, window: Window, out_size: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Maxima of x's windows, float16 (images, channels, *out_size), and the number of the first tap that
+    """Maxima of x's windows, (images, channels, *out_size) in x's type, and the number of the first tap that
     holds each, as uint8 of the same shape. None if x contains a NaN or the window more than 256 taps."""
     if math.prod(window.size) > 256 or has_nan(x):
         return None
-    y = np.empty((*x.shape[:2], *out_size), np.float16)
+    y = np.empty((*x.shape[:2], *out_size), x.dtype)
     indexes = np.zeros(y.shape, np.uint8)
     for images in _groups(x.shape):
-        _max_pool_into(y[images], indexes[images], x[images], window)
+        if x.dtype == np.float16:
+            _max_pool_halves_into(y[images], indexes[images], x[images], window)
+        else:
+            _max_pool_into(y[images], indexes[images], x[images], window, -np.inf)
     return y, indexes
 
 
-def _max_pool_into(y: np.ndarray, indexes: np.ndarray, x: np.ndarray, window: Window) -> None:
-    keys = x.view(np.int16)
+def _max_pool_halves_into(y: np.ndarray, indexes: np.ndarray, x: np.ndarray, window: Window) -> None:
+    keys, best = x.view(np.int16), y.view(np.int16)
     if np.minimum.reduce(keys, axis=None) < 0:
         keys = _to_keys(keys)
-    best = y.view(np.int16)
-    best[...] = -INFINITY
-    for tap, outputs, inputs in window.taps(x.shape[2:], y.shape[2:]):
-        values, leading, places = np.ascontiguousarray(keys[inputs]), best[outputs], indexes[outputs]
+    _max_pool_into(best, indexes, keys, window, -INFINITY)
+    if np.minimum.reduce(best, axis=None) < 0:
+        best[...] = _from_keys(best)
+
+
+def _max_pool_into(
+    best: np.ndarray, indexes: np.ndarray, x: np.ndarray, window: Window, lowest: float
+) -> None:
+    best[...] = lowest
+    for tap, outputs, inputs in window.taps(x.shape[2:], best.shape[2:]):
+        values, leading, places = np.ascontiguousarray(x[inputs]), best[outputs], indexes[outputs]
         if tap:
             larger = np.greater(values, leading).view(np.uint8)
             np.multiply(larger, np.uint8(tap), larger)
             np.maximum(places, larger, out=places)
         np.maximum(values, leading, out=leading)
-    if np.minimum.reduce(best, axis=None) < 0:
-        best[...] = _from_keys(best)
 
 
 def max_pool_grad(
     gy: np.ndarray, indexes: np.ndarray, window: Window, in_shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Gradient of max pooling's input in gy's float16: every gradient goes where its maximum was; where
-    several meet, they are added in float32 and rounded once."""
-    gx = np.zeros(in_shape, np.float16)
+    """Gradient of max pooling's input in gy's type: every gradient goes where its maximum was; where several
+    meet, they are added, float16 in float32 and rounded once."""
+    gx = np.zeros(in_shape, gy.dtype)
     for images in _groups(in_shape):
         _max_pool_grad_into(gx[images], gy[images], indexes[images], window)
     return gx
@@ -94,16 +105,21 @@ def max_pool_grad(
 
 def _max_pool_grad_into(gx: np.ndarray, gy: np.ndarray, indexes: np.ndarray, window: Window) -> None:
     taps = window.taps(gx.shape[2:], gy.shape[2:])
+    # By their bits, because infinity times 0 would be NaN.
     if not window.overlaps:
-        bits, target = gy.view(np.int16), gx.view(np.int16)
+        bits, target = _bits(gy), _bits(gx)
         for tap, outputs, inputs in taps:
             np.multiply(bits[outputs], indexes[outputs] == tap, target[inputs])
         return
-    # By their bits here too, because infinity times 0 would be NaN.
-    bits, total = to_float32(gy).view(np.int32), np.zeros(gx.shape, np.float32)
+    wide = as_float32(gy)
+    bits, total = _bits(wide), np.zeros(gx.shape, wide.dtype)
     for tap, outputs, inputs in taps:
-        total[inputs] += np.multiply(bits[outputs], indexes[outputs] == tap).view(np.float32)
-    to_float16(total, gx)
+        total[inputs] += np.multiply(bits[outputs], indexes[outputs] == tap).view(wide.dtype)
+    gx[...] = cast(total, gx.dtype)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(_BITS[array.itemsize])
 
 
 def _groups(shape: tuple[int, ...]) -> Iterator[slice]:

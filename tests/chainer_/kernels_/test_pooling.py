@@ -52,6 +52,25 @@ def test_max_pooling_takes_the_first_maximum_and_rounds_sums_of_gradients_once(p
     assert_rounded_once(gx, exact_gx, magnitude, int(np.prod(arguments["ksize"])))
 
 
+@given(
+    poolings(), st.sampled_from([np.float32, np.float64]), st.booleans(), st.sampled_from([1, np.inf, np.nan])
+)
+@settings(max_examples=100, deadline=None)
+def test_wider_floats_are_pooled_with_chainers_bits(pooling, dtype, tied, special):
+    arguments, shape = pooling
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(dtype)
+    x = np.round(x) if tied else x
+    x[-1, -1, ..., 0] = special
+    gy = rng.standard_normal(run(max_pooling(arguments), [x], None, "chainer")[0].shape).astype(dtype)
+    gy.ravel()[::7] = special
+    expected, (expected_gx,) = run(max_pooling(arguments), [x], gy, "chainer")
+    y, (gx,) = run(max_pooling(arguments), [x], gy, "numpy")
+    assert y.dtype == gx.dtype == dtype
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(gx, expected_gx)
+
+
 def test_several_groups_of_images_and_a_strided_input_pool_alike():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 70, 40, 20)).astype(np.float16).transpose(0, 3, 2, 1)
@@ -89,8 +108,9 @@ def test_an_infinite_gradient_of_overlapping_windows_stays_where_it_belongs(bad)
 
 
 @pytest.mark.parametrize("first,then", [("numpy", "chainer"), ("chainer", "numpy")])
-def test_a_provider_can_finish_what_another_began(first, then):
-    x = chainer.Variable(np.random.default_rng(3).standard_normal((2, 3, 6, 6)).astype(np.float16))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_provider_can_finish_what_another_began(first, then, dtype):
+    x = chainer.Variable(np.random.default_rng(3).standard_normal((2, 3, 6, 6)).astype(dtype))
     with kernels.using(first):
         y = F.max_pooling_2d(x, 2)
     y.grad = gy = np.ones_like(y.array)
