@@ -3,6 +3,8 @@
 On the CPU float16 is computed in float32, a few images at a time, and rounded once. On a GPU float16 goes
 to cuDNN as it is, which multiplies on tensor cores and adds in float32. What PyTorch does not have
 (`cover_all`, operands of several types on a GPU) is left to the next kernel.
+
+Batch normalization and casts are here for the CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from chainer.backends import cuda
 from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
 from chainer.utils.conv import get_conv_outsize
 from torch.nn.grad import conv2d_weight
 
@@ -69,10 +72,15 @@ def _takes_on_cpu(*arrays: Any) -> bool:
     return {a.dtype for a in arrays} in ({_FLOAT32}, {_FLOAT64}) or takes(*arrays)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """The array as a tensor on the same memory where PyTorch can have it, float16 in float32."""
-    array = np.asarray(as_float32(array), order="C")
+def _shared(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor, on the same memory where PyTorch can have it."""
+    array = np.asarray(array, order="C")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """`_shared`, with float16 in float32."""
+    return _shared(as_float32(array))
 
 
 def _images(*arrays: np.ndarray) -> Iterator[slice]:
@@ -152,6 +160,83 @@ def _transposed(
     return torch.nn.functional.conv_transpose2d(gy, W, b, stride, pad, rest, groups, dilation)
 
 
+def _batch_normalization(
+    implementation: Any,
+    *,
+    axis: tuple[int, ...],
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    eps: float,
+    decay: float,
+    running_mean: Any,
+    running_var: Any,
+    **others: Any,
+) -> tuple[Any, ...] | None:
+    by_channel = _normalizes_channels(implementation, axis, x)
+    if not by_channel or not _takes_on_cpu(x, gamma, beta) or x.size == gamma.size:
+        return None
+    samples = x.size // gamma.size
+    y, mean, unbiased, inv_std = _normalize(_shared(x), _tensor(gamma), _tensor(beta), eps, samples)
+    if running_mean is not None:
+        running_mean *= decay
+        running_mean += (1 - decay) * mean
+        running_var *= decay
+        running_var += (1 - decay) * unbiased
+    var = unbiased * unbiased.dtype.type((samples - 1) / samples)
+    return y, others["x_layout"], running_mean, running_var, mean, var, inv_std, None
+
+
+def _normalizes_channels(implementation: Any, axis: tuple[int, ...], x: Any) -> bool:
+    """Whether statistics are those of this process alone, over everything but the second axis."""
+    return type(implementation) is GeneralBatchNormalizationImpl and axis == (0, *range(2, x.ndim))
+
+
+def _normalize(
+    x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float, samples: int
+) -> Iterator[np.ndarray]:
+    """Normalized x, and the mean, unbiased variance and inverse standard deviation of each channel; of
+    float16 computed in float32."""
+    if x.dtype == torch.float16:
+        mean, unbiased = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        # With a momentum of 1 the running statistics are those of this batch.
+        y, _, inv_std = torch.ops.aten.native_batch_norm(x, gamma, beta, mean, unbiased, True, 1.0, eps)
+    else:
+        # PyTorch's own is slower, and less exact where the mean is large.
+        axes, along = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
+        mean = x.mean(axes)
+        centred = x - mean.reshape(along)
+        var = centred.square().mean(axes)
+        unbiased, inv_std = var * (samples / (samples - 1)), torch.rsqrt(var + eps)
+        y = centred.mul_((gamma * inv_std).reshape(along)).add_(beta.reshape(along))
+    return (result.numpy() for result in (y, mean, unbiased, inv_std))
+
+
+def _batch_normalization_grad(
+    implementation: Any,
+    axis: tuple[int, ...],
+    gamma: Any,
+    gy: Any,
+    x: Any,
+    layout: Any,
+    xp: Any,
+    expander: Any,
+    mean: Any,
+    inv_std: Any,
+    eps: float,
+    *others: Any,
+) -> tuple[Any, ...] | None:
+    by_channel = _normalizes_channels(implementation, axis, x)
+    if not by_channel or not _takes_on_cpu(x, gamma) or gy.dtype != x.dtype:
+        return None
+    statistics = None, None, _tensor(mean), _tensor(inv_std)
+    gradients = torch.ops.aten.native_batch_norm_backward(
+        _shared(gy), _shared(x), _tensor(gamma), *statistics, True, eps, [True, True, True]
+    )
+    gx, ggamma, gbeta = (gradient.numpy() for gradient in gradients)
+    return gx, None, cast(ggamma, gamma.dtype), cast(gbeta, gamma.dtype)
+
+
 def _takes_on_gpu(*arrays: Any) -> bool:
     """Whether these are CuPy arrays, not empty, of one type."""
     return all(isinstance(a, cuda.ndarray) and a.size for a in arrays) and len({a.dtype for a in arrays}) == 1
@@ -203,6 +288,8 @@ KERNELS: dict[Hook, Kernel] = {
     (Convolution2DFunction, "forward_cpu"): _convolution,
     (Convolution2DGradW, "forward_cpu"): _convolution_grad_weight,
     (Deconvolution2DFunction, "forward_cpu"): _deconvolution,
+    (GeneralBatchNormalizationImpl, "forward"): _batch_normalization,
+    (GeneralBatchNormalizationImpl, "backward"): _batch_normalization_grad,
     (Convolution2DFunction, "_forward_gpu_core"): _convolution_on_gpu,
     (Convolution2DGradW, "_forward_gpu_core"): _convolution_grad_weight_on_gpu,
     (Deconvolution2DFunction, "_forward_gpu_core"): _deconvolution_on_gpu,

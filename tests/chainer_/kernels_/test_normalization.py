@@ -1,13 +1,17 @@
-"""L2 and batch normalization under the provider `numpy`."""
+"""L2 normalization under the provider `numpy`, batch normalization under every fast provider."""
 
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
 import pytest
+from chainer.functions.normalization.batch_normalization import (
+    BatchNormalization,
+    GeneralBatchNormalizationImpl,
+)
 
 from ada_loss.chainer import kernels
-from chainer_.kernels_.reference import assert_rounded_once, in_float64, run
+from chainer_.kernels_.reference import EACH_PROVIDER, assert_rounded_once, in_float64, run
 
 
 @pytest.mark.parametrize("axis", [1, (1, 2), -1, (0, 1)])
@@ -52,6 +56,7 @@ def batch_normalized(link_dtype, provider, x, gy):
     with kernels.using(provider), chainer.using_config("dtype", np.dtype(link_dtype)):
         link = L.BatchNormalization(x.shape[1])
         link.gamma.array[...] = np.linspace(0.5, 2, x.shape[1])
+        link.cleargrads()
         variable = chainer.Variable(x)
         y = link(variable)
         y.grad = gy
@@ -60,15 +65,80 @@ def batch_normalized(link_dtype, provider, x, gy):
     return y.array, variable.grad, link.gamma.grad, link.beta.grad, *running
 
 
+@EACH_PROVIDER
 @pytest.mark.parametrize("link_dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 9, 8)])
-def test_batch_normalization_is_the_float32_one_rounded(link_dtype, shape):
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 9, 8), (2, 3, 400)])
+def test_batch_normalization_is_the_float32_one_rounded(provider, link_dtype, shape):
     rng = np.random.default_rng(2)
     x, gy = rng.standard_normal((2, *shape)).astype(np.float16)
-    actual = batch_normalized(link_dtype, "numpy", x, gy)
+    actual = batch_normalized(link_dtype, provider, x, gy)
     wide = x.astype(np.float32), gy.astype(np.float32)
     expected = batch_normalized(np.float32, "chainer", *wide)
     dtypes = [np.float16, np.float16, *[link_dtype] * 4]
     for result, reference, dtype in zip(actual, expected, dtypes, strict=True):
         assert result.dtype == dtype
         np.testing.assert_allclose(result, reference, rtol=2**-10, atol=2e-3)
+
+
+@EACH_PROVIDER
+@pytest.mark.parametrize("dtype,units", [(np.float16, 2**-10), (np.float32, 2**-18), (np.float64, 2**-45)])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 70, 60), (2, 3, 4, 5, 6)])
+def test_batch_normalization_of_a_large_mean_follows_float64(provider, dtype, units, shape):
+    rng = np.random.default_rng(3)
+    x, gy = rng.standard_normal((2, *shape)).astype(dtype)
+    x += 30
+    actual = batch_normalized(np.promote_types(dtype, np.float32), provider, x, gy)
+    expected = batch_normalized(np.float64, "chainer", x.astype(np.float64), gy.astype(np.float64))
+    for result, exact in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(result, exact, rtol=0, atol=units * np.abs(exact).max())
+
+
+@EACH_PROVIDER
+def test_batch_normalization_of_float16_adds_in_float32(provider):
+    """In float16 a sum of ones ends at 2048."""
+    x = np.random.default_rng(4).standard_normal((8, 2, 50, 50)).astype(np.float16) + np.float16(1)
+    _, _, _, gbeta, mean, _ = batch_normalized(np.float32, provider, x, np.ones_like(x))
+    np.testing.assert_array_equal(gbeta, [20000, 20000])
+    np.testing.assert_allclose(mean, 0.1 * x.astype(np.float64).mean(axis=(0, 2, 3)), rtol=1e-5)
+
+
+@EACH_PROVIDER
+@pytest.mark.parametrize("axis", [None, (0, 1), (0, 2), (2, 3)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_batch_normalization_over_any_axes_backpropagates_as_chainers(provider, axis, dtype):
+    rng = np.random.default_rng(5)
+    x, gy = rng.standard_normal((2, 4, 3, 6, 5)).astype(dtype)
+    kept = tuple(n for i, n in enumerate(x.shape) if i not in (axis or (0, 2, 3)))
+    inputs = [x, *rng.standard_normal((2, *kept)).astype(dtype)]
+    exact, exact_gradients = in_float64(lambda *a: F.batch_normalization(*a, axis=axis), inputs, gy)
+    y, gradients = run(lambda *a: F.batch_normalization(*a, axis=axis), inputs, gy, provider)
+    for result, expected in zip([y, *gradients], [exact, *exact_gradients], strict=True):
+        assert result.dtype == dtype
+        np.testing.assert_allclose(
+            result, expected, rtol=0, atol=8 * np.finfo(dtype).eps * np.abs(expected).max()
+        )
+
+
+@EACH_PROVIDER
+@pytest.mark.filterwarnings("ignore:A batch with no more than one sample")
+def test_one_sample_is_normalized_as_chainer_does(provider):
+    x, gy = np.float32([[3, -4]]), np.float32([[1, 2]])
+    expected = batch_normalized(np.float32, "chainer", x, gy)
+    actual = batch_normalized(np.float32, provider, x, gy)
+    for result, reference in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(result, reference)
+
+
+@EACH_PROVIDER
+def test_statistics_that_a_subclass_gathers_elsewhere_are_used(provider):
+    """As ChainerMN does, which averages them over all processes."""
+
+    class Shared(GeneralBatchNormalizationImpl):
+        def get_mean_and_var(self, axis, gamma, x, xp, interm_dtype):
+            return np.full(3, 2, interm_dtype), np.full(3, 4, interm_dtype)
+
+    x = np.random.default_rng(6).standard_normal((5, 3, 2, 2)).astype(np.float32)
+    node = BatchNormalization(eps=0, impl_selector=lambda node, inputs: Shared())
+    with kernels.using(provider):
+        (y,) = node.apply((x, np.ones(3, np.float32), np.zeros(3, np.float32)))
+    np.testing.assert_allclose(y.array, (x - 2) / 2, rtol=1e-6)
