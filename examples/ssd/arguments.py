@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ada_loss.chainer.kernels import PROVIDERS
-from ada_loss.config import METHODS, AdaLossConfig
+from ada_loss.config import METHODS, TIMINGS, AdaLossConfig
 from datasets import DATASETS
 from detector import DECODERS
 from errors import BAD_INPUT, SharedInputError, launched_rank
@@ -73,6 +73,7 @@ SCALING_FIELDS = (
     "init_scale",
     "dynamic_interval",
     "update_per_n_iteration",
+    "timing",
     "scale_upper_bound",
     "accum_upper_bound",
     "n_uf",
@@ -117,6 +118,7 @@ class Settings:
     init_scale: float
     dynamic_interval: int | None
     update_per_n_iteration: int
+    timing: str
     scale_upper_bound: float | None
     accum_upper_bound: float | None
     n_uf: float
@@ -205,7 +207,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("mixed precision").add_argument
     add("--dtype", choices=DTYPES, default="mixed16", help="float32 trains without any loss scaling")
-    add("--loss-scale-method", choices=METHODS, default="approx_range", help="how layers choose their scales")
+    add(
+        "--loss-scale-method",
+        choices=METHODS,
+        default=AdaLossConfig.loss_scale_method,
+        help="how layers choose their scales; in fixed they have none",
+    )
     add("--init-scale", type=_number, default=1.0, help="scale of the loss, a power of two")
     add(
         "--dynamic-interval", type=int, help="double the scale after so many good steps, halve it on overflow"
@@ -216,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="layers choose their scales every so many iterations",
     )
+    add("--timing", choices=TIMINGS, default="current", help="choose by this step's gradients or the last's")
     add(
         "--scale-upper-bound", type=_number_or_none, default=16.0, help="most that a layer scales by, or none"
     )

@@ -143,10 +143,10 @@ def _check_same_run(path: Path, manifest: dict[str, Any], settings: dict[str, An
         )
     theirs = manifest["settings"]
     for name, value in settings.items():
-        if theirs.get(name) != value:
+        if theirs.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{path} was written with {flag} {theirs.get(name)} and this is {value}: use the same."
+                f"{path} was written with {flag} {theirs[name]} and this is {value}: use the same."
             )
 
 

@@ -170,7 +170,8 @@ def method_name(settings: Settings) -> str:
         return "float32"
     if settings.loss_scale_method != "fixed":
         every = settings.update_per_n_iteration
-        return settings.loss_scale_method + (f", chosen every {every} iterations" if every > 1 else "")
+        interval = f", chosen every {every} iterations" if every > 1 else ""
+        return settings.loss_scale_method + interval + (", delayed" if settings.timing == "delayed" else "")
     if settings.dynamic_interval is not None:
         return f"dynamic, interval {settings.dynamic_interval}"
     return "no loss scale" if settings.init_scale == 1 else f"fixed {settings.init_scale:g}"

@@ -20,7 +20,11 @@ METHODS = {
     "fixed 128": ["--loss-scale-method", "fixed", "--init-scale", "128"],
     "dynamic, interval 10": ["--loss-scale-method", "fixed", "--dynamic-interval", "10"],
     "approx_range": ["--loss-scale-method", "approx_range"],
-    "approx_range, chosen every 10 iterations": ["--update-per-n-iteration", "10"],
+    "approx_range, chosen every 10 iterations": [
+        *("--loss-scale-method", "approx_range", "--update-per-n-iteration", "10")
+    ],
+    "approx_range, delayed": ["--loss-scale-method", "approx_range", "--timing", "delayed"],
+    "auto, delayed": ["--timing", "delayed"],
     "abs_range": ["--loss-scale-method", "abs_range"],
     "element_wise_range": ["--loss-scale-method", "element_wise_range"],
     "auto": ["--loss-scale-method", "auto"],
@@ -139,9 +143,10 @@ def test_mixed_precision_that_keeps_overflowing_is_diverged(digits, tmp_path, ca
     [
         ("--loss-scale-method", "fixed", "--init-scale", "4096", "--dynamic-interval", "2"),
         ("--loss-scale-method", "approx_range", "--update-per-n-iteration", "3"),
+        ("--loss-scale-method", "auto", "--timing", "delayed", "--update-per-n-iteration", "2"),
         ("--dtype", "float32"),
     ],
-    ids=["dynamic", "adaptive", "float32"],
+    ids=["dynamic", "adaptive", "delayed", "float32"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, arguments):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -200,6 +205,7 @@ BAD = [
     (["--communicator", "flat"], "flat needs a GPU and CuPy: use --communicator naive"),
     (["--communicator", "pure_nccl"], "pure_nccl needs a GPU and CuPy"),
     (["--communicator", "smoke"], "smoke"),
+    (["--timing", "never"], "never"),
     (["--frobnicate"], "--frobnicate"),
 ]
 
