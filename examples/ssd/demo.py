@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
+from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer)
 
 import json
 import shutil
@@ -32,6 +32,7 @@ COLUMNS, ROWS, ENLARGEMENT = 4, 3, 3
 
 
 @ends_cleanly
+@kernels.using("auto")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneSentenceParser(description=__doc__)
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where the picture goes")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
+from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer)
 
 import sys
 import time
@@ -21,6 +21,7 @@ from saved import load_detector_model, weights_parser
 
 
 @ends_cleanly
+@kernels.using("auto")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = weights_parser("Print the mean average precision of a trained SSD, PASCAL VOC 2007 metric.")
     parser.add_argument("--dataset", choices=DATASETS, help="its test images; those of the model's classes")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
+from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer)
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +22,7 @@ MOST_NAMED = 5
 
 
 @ends_cleanly
+@kernels.using("auto")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = weights_parser("Draw the objects that a trained SSD finds in images.")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")

@@ -61,27 +61,35 @@ def at(iterations: Sequence[int]) -> Trigger:
     return lambda trainer: trainer.updater.iteration in wanted
 
 
-def add_reports(trainer: Trainer, ranks: Alone, interval: int, last: int, tensorboard: bool) -> None:
-    """Give a trainer everything in this module; on all ranks alike, shown and written by rank 0."""
+def either(first: Trigger, second: Trigger) -> Trigger:
+    """Fires when one of two does."""
+    return lambda trainer: first(trainer) or second(trainer)
+
+
+def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorboard: bool) -> None:
+    """Give a trainer everything in this module; on all ranks alike, shown and written by rank 0.
+
+    A row of the log is written whenever `due` fires. It holds means over the iterations since the last one.
+    """
     first = ranks.rank == 0
     log = extensions.LogReport(
-        trigger=every(interval, last),
+        trigger=due,
         filename=LOG_FILE if first else None,
         log_name=None,
         postprocess=lambda row: _complete_row(row, ranks, last),
     )
     trainer.extend(log, name="LogReport", trigger=(1, "iteration"))
-    trainer.extend(_stop_if_diverged, name="StopIfDiverged", trigger=every(interval, last), priority=-1)
+    trainer.extend(_stop_if_diverged, name="StopIfDiverged", trigger=due, priority=-1)
     if not first:
         return
     on_terminal = sys.stdout.isatty()
     stream = sys.stdout if on_terminal else PlainStream()
-    trainer.extend(extensions.PrintReport(PRINTED, out=stream), trigger=every(interval, last))
-    trainer.extend(_write_csv, name="CsvReport", trigger=every(interval, last))
+    trainer.extend(extensions.PrintReport(PRINTED, out=stream), trigger=due)
+    trainer.extend(_write_csv, name="CsvReport", trigger=due)
     if on_terminal:
         trainer.extend(extensions.ProgressBar(update_interval=5))
     if tensorboard:
-        trainer.extend(TensorBoard(), trigger=every(interval, last))
+        trainer.extend(TensorBoard(), trigger=due)
 
 
 def log_rows(trainer: Trainer) -> list[dict[str, float]]:

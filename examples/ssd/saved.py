@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 import chainer
-import numpy as np
 from chainercv.links.model.ssd import SSD
 
 from arguments import OneSentenceParser
@@ -27,13 +26,13 @@ def weights_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load_detector_model(path: Path) -> tuple[SSD, str]:
-    """A model with a file's weights in float32, and the name of the data set whose classes it knows.
+    """A model with a file's weights, in their dtype, and the name of the data set whose classes it knows.
 
     Which model it is shows in the file. Raises InputError if that is not one of ours.
     """
-    name, n_fg_class = identify(path)
-    dataset = dataset_with_classes(n_fg_class)
-    with chainer.using_config("dtype", np.dtype(np.float32)):
-        model = build_model(name, n_fg_class, "lecun-uniform", seed=0)
+    held = identify(path)
+    dataset = dataset_with_classes(held.n_fg_class)
+    with chainer.using_config("dtype", held.dtype):
+        model = build_model(held.model, held.n_fg_class, "lecun-uniform", seed=0)
     load_weights(path, model)
     return model, dataset

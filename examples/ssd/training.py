@@ -30,7 +30,7 @@ from loss import MultiboxLoss
 from models import build_model, input_dtype
 from optimization import learning_rate, make_optimizer
 from ranks import Alone
-from reporting import LOG_FILE, StopAfter, add_reports, at, every, log_rows
+from reporting import LOG_FILE, StopAfter, add_reports, at, either, every, log_rows
 from weights import find_pretrained, load_weights, save_weights
 
 RESULT_FILE = "result.json"
@@ -223,6 +223,9 @@ def _extend(
 ) -> None:
     last = settings.iteration
     optimizer = trainer.updater.get_optimizer("main")
+    evaluated = at([*settings.step, last])
+    # An evaluation has a row of its own, or the row would hold a mean over two of them.
+    logged = either(every(settings.log_interval, last), evaluated)
 
     def report_state(trainer: Trainer) -> None:
         skipped, scale = scaling_state(optimizer)
@@ -235,12 +238,10 @@ def _extend(
             found = {f"ap/{name}": ap for name, ap in zip(names, precisions, strict=True) if np.isfinite(ap)}
             chainer.report({"map": np.nanmean(precisions), **found})
 
-    trainer.extend(report_state, name="State", priority=PRIORITY_WRITER + 1)
+    trainer.extend(report_state, name="State", trigger=logged, priority=PRIORITY_WRITER + 1)
     trainer.extend(LearningRate(optimizer, settings), priority=PRIORITY_WRITER)
-    trainer.extend(
-        report_precision, name="Precision", trigger=at([*settings.step, last]), priority=PRIORITY_WRITER
-    )
-    add_reports(trainer, ranks, settings.log_interval, last, settings.tensorboard)
+    trainer.extend(report_precision, name="Precision", trigger=evaluated, priority=PRIORITY_WRITER)
+    add_reports(trainer, ranks, logged, last, settings.tensorboard)
     trainer.extend(RandomState(), name="RandomState", trigger=at([]))
     checkpoints = Checkpoints(settings.out / FOLDER, settings.numerics(), ranks)
     trainer.extend(checkpoints, name="Checkpoints", trigger=every(settings.checkpoint_interval, last))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import chainer
 import numpy as np
@@ -95,10 +96,19 @@ def save_weights(path: Path, model: SSD) -> None:
     os.replace(partial, path)
 
 
-def identify(path: Path) -> tuple[str, int]:
-    """Which model's weights a file holds, and for how many classes without the background."""
+class Contents(NamedTuple):
+    """What a file of weights holds: a model's name, its number of classes without the background, a dtype."""
+
+    model: str
+    n_fg_class: int
+    dtype: np.dtype
+
+
+def identify(path: Path) -> Contents:
+    """Which model's weights a file holds. Raises InputError if it is none of ours."""
     arrays = read_weights(path)
     for mark, name in MODEL_MARKS.items():
         if mark in arrays and FIRST_HEAD in arrays:
-            return name, arrays[FIRST_HEAD].size // BOXES_IN_FIRST_CELLS - 1
+            bias = arrays[FIRST_HEAD]
+            return Contents(name, bias.size // BOXES_IN_FIRST_CELLS - 1, bias.dtype)
     raise InputError(f"{path} holds weights of no model known here: small, ssd300 or ssd512.")

@@ -125,7 +125,7 @@ def test_a_file_tells_its_model_and_number_of_classes(tmp_path, name, n_fg_class
     names = {path.lstrip("/"): np.zeros(1, np.float32) for path, _ in model.namedparams()}
     names["multibox/conf/0/b"] = model.multibox.conf[0].b.array
     np.savez(tmp_path / "weights.npz", **names)
-    assert identify(tmp_path / "weights.npz") == (name, n_fg_class)
+    assert identify(tmp_path / "weights.npz") == (name, n_fg_class, np.float32)
 
 
 def test_the_demonstration_ends_with_map_and_picture(digits, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import pytest
 from chainer.serializers import save_npz
 from runs import assert_same_end, assert_same_weights, read, rows_without_times, weights
 
+import evaluate
 import train_multi
 from models import build_model
 
@@ -79,6 +80,33 @@ def test_the_logs_agree_and_report_map_at_steps_and_at_the_end(digits, tmp_path)
         table = list(csv.DictReader(file))
     assert [row["main/loss"] for row in table] == [str(row["main/loss"]) for row in rows]
     assert [row["map"] for row in table] == [str(row.get("map", "")) for row in rows]
+
+
+def test_an_evaluation_between_rows_gets_a_row_of_its_own(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = (
+        "--iteration",
+        5,
+        "--step",
+        3,
+        "--warm-up",
+        5,
+        "--log-interval",
+        4,
+        "--lr",
+        "0.01",
+        "--kernels",
+        "auto",
+    )
+    assert train(digits, out, *more) == 0
+    rows = read(out / "log.json")
+    assert [row["iteration"] for row in rows] == [3, 4, 5]
+    assert ["map" in row for row in rows] == [True, False, True]
+    # Not means over the iterations since the last row.
+    np.testing.assert_allclose([row["lr"] for row in rows], [0.0046, 0.00064, 0.00082])
+    capsys.readouterr()
+    assert evaluate.main([str(out / "model.npz"), "--dataset-dir", str(digits)]) == 0
+    assert f"mAP  {read(out / 'result.json')['map']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("multiplier", ["2**-18", "2**6"])
