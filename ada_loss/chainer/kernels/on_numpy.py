@@ -1,6 +1,7 @@
 """The provider `numpy`: float16 NumPy arrays through float32, where Chainer computes in float16.
 
-Max pooling is here for the wider types too, several times faster than Chainer's and with the same bits.
+Max pooling is here for the wider types too, several times faster than Chainer's and with the same bits. L2
+normalization is here for CuPy's float16 too, whose squares overflow there as well.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import chainer
 import numpy as np
+from chainer.backends import cuda
 from chainer.functions.activation.log_softmax import LogSoftmax, LogSoftmaxGrad
 from chainer.functions.activation.relu import ReLU, ReLUGrad2
 from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
@@ -43,6 +45,11 @@ _FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 def is_float16(array: Any) -> bool:
     """Whether it is a NumPy array of float16."""
     return isinstance(array, np.ndarray) and array.dtype == np.float16
+
+
+def _is_float16_anywhere(array: Any) -> bool:
+    """Whether it is a NumPy or CuPy array of float16."""
+    return isinstance(array, (np.ndarray, cuda.ndarray)) and array.dtype == np.float16
 
 
 def takes(leading: Any, *others: Any) -> bool:
@@ -229,7 +236,7 @@ def _matmul(node: Any, inputs: Arrays) -> Arrays | None:
 
 def _normalize(node: Any, inputs: Arrays) -> Arrays | None:
     (x,) = inputs
-    if not is_float16(x):
+    if not _is_float16_anywhere(x):
         return None
     node.retain_inputs((0,))
     return (normalization.l2_normalize(x, node.axis, node.eps),)
@@ -237,9 +244,10 @@ def _normalize(node: Any, inputs: Arrays) -> Arrays | None:
 
 def _normalize_grad(node: Any, indexes: tuple[int, ...], grad_outputs: Arrays) -> Arrays | None:
     (x,), (gy,) = node.get_retained_inputs(), grad_outputs
-    if chainer.config.enable_backprop or not (is_float16(x.array) and is_float16(gy.array)):
+    arrays = x.array, gy.array
+    if chainer.config.enable_backprop or not all(map(_is_float16_anywhere, arrays)):
         return None
-    gx = normalization.l2_normalize_grad(x.array, gy.array, node.axis, node.eps)
+    gx = normalization.l2_normalize_grad(*arrays, node.axis, node.eps)
     return (chainer.Variable(gx, requires_grad=False),)
 
 

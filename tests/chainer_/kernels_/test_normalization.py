@@ -1,5 +1,7 @@
 """L2 normalization under the provider `numpy`, batch normalization under every fast provider."""
 
+from types import SimpleNamespace
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -11,6 +13,7 @@ from chainer.functions.normalization.batch_normalization import (
 )
 
 from ada_loss.chainer import kernels
+from ada_loss.chainer.kernels import normalization
 from chainer_.kernels_.reference import EACH_PROVIDER, assert_rounded_once, in_float64, run
 
 
@@ -29,6 +32,21 @@ def test_l2_normalization_and_its_gradient_are_float64_ones_rounded_once(axis, m
     assert y.dtype == gx.dtype == np.float16
     assert_rounded_once(y, exact, np.abs(exact), 50)
     assert_rounded_once(gx, exact_gx, np.abs(exact_gx).max(), 50)
+
+
+def test_l2_normalization_takes_arrays_of_another_module_whole(monkeypatch):
+    """As it does CuPy's."""
+    rng = np.random.default_rng(7)
+    x, gy = (1000 * rng.standard_normal((2, 4, 60, 30, 20))).astype(np.float16)
+    axis, eps = (1,), 1e-5
+    expected = normalization.l2_normalize(x, axis, eps), normalization.l2_normalize_grad(x, gy, axis, eps)
+    cupys = SimpleNamespace(empty=np.empty, sqrt=np.sqrt, square=np.square, where=np.where)
+    monkeypatch.setattr(normalization, "module_of", lambda _: cupys)
+    actual = normalization.l2_normalize(x, axis, eps), normalization.l2_normalize_grad(x, gy, axis, eps)
+    assert len(list(normalization._parts(x, axis))) == 1
+    for result, reference in zip(actual, expected, strict=True):
+        assert np.isfinite(result).all()
+        np.testing.assert_array_equal(result, reference)
 
 
 def test_l2_normalization_of_zeros_is_zero_with_the_gradient_divided_by_eps():

@@ -1,4 +1,4 @@
-"""PyTorch's convolutions on CuPy arrays; skipped where there is no GPU."""
+"""Kernels on CuPy arrays: PyTorch's convolutions, L2 normalization; skipped where there is no GPU."""
 
 import chainer
 import chainer.functions as F
@@ -66,3 +66,23 @@ def test_covering_all_is_left_to_chainer():
     with kernels.using("torch"):
         y = F.convolution_2d(x, W, stride=2, cover_all=True)
     assert y.shape == (1, 1, 3, 3)
+
+
+@pytest.mark.parametrize("axis", [1, (1, 2), (0, 3)])
+def test_l2_normalization_of_features_beyond_256_does_not_overflow(axis):
+    rng = np.random.default_rng(2)
+    x = (1000 * rng.standard_normal((2, 40, 7, 5))).astype(np.float16)
+    gy = rng.standard_normal(x.shape).astype(np.float16)
+
+    def function(x):
+        return F.normalize(x, axis=axis)
+
+    exact, (exact_gx,) = in_float64(function, [x], gy)
+    variable = chainer.Variable(cupy.asarray(x))
+    with kernels.using("numpy"):
+        y = function(variable)
+        y.grad = cupy.asarray(gy)
+        y.backward()
+    assert y.dtype == variable.grad.dtype == np.float16
+    np.testing.assert_allclose(y.array.get(), exact, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(variable.grad.get(), exact_gx, rtol=0, atol=2e-3 * np.abs(exact_gx).max())
