@@ -49,8 +49,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dynamic": DYNAMIC,
     "approx_range": {"loss_scale_method": "approx_range"},
     "approx_range, every 10": {"loss_scale_method": "approx_range", "update_per_n_iteration": 10},
+    "approx_range, delayed": {"loss_scale_method": "approx_range", "timing": "delayed"},
     "auto": {"loss_scale_method": "auto"},
     "auto, every 10": {"loss_scale_method": "auto", "update_per_n_iteration": 10},
+    "auto, delayed": {"loss_scale_method": "auto", "timing": "delayed"},
 }
 """Settings of `AdaLossScaled` by the name in the tables; None for Chainer's own mixed precision."""
 
