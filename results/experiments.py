@@ -104,6 +104,13 @@ def tiny_loss() -> tuple[Row, ...]:
         row("dynamic-10", "dynamic, interval 10", "fixed", dynamic_interval=10),
         row("dynamic-1000", "dynamic, interval 1000", "fixed", dynamic_interval=1000),
         row("adaptive", "adaptive (approx_range)", "approx_range"),
+        row(
+            "adaptive-unbounded",
+            "adaptive (approx_range), no bounds",
+            "approx_range",
+            scale_upper_bound="none",
+            accum_upper_bound="none",
+        ),
         row("auto", "adaptive (auto)", "auto"),
     )
 
