@@ -104,6 +104,8 @@ class PreparedOptimizer:
         for path, parameter in self.target.namedparams():
             if isinstance(parameter, ScaledParameter) and parameter.master is not None:
                 serializer(f"master{path}", parameter.master)
+            for name, number in _numbers(parameter.update_rule).items():
+                serializer(f"rule{path}/{name}", np.array(number))
         if self._loss_scaling_is_dynamic:
             serializer("loss_scale", np.array([self._loss_scale, self._loss_scaling_isnan_ever], np.float64))
 
@@ -112,6 +114,10 @@ class PreparedOptimizer:
         for path, parameter in self.target.namedparams():
             master = load_optional(serializer, f"master{path}")
             adopt(parameter).master = None if master is None else parameter.device.send(np.asarray(master))
+            for name in _numbers(parameter.update_rule):
+                number = load_optional(serializer, f"rule{path}/{name}")
+                if number is not None:
+                    setattr(parameter.update_rule, name, float(number))
         state = load_optional(serializer, "loss_scale")
         if self._loss_scaling_is_dynamic and state is not None:
             self._loss_scale, self._loss_scaling_isnan_ever = float(state[0]), bool(state[1])
@@ -151,6 +157,12 @@ class PreparedOptimizer:
                 f", nor are {len(more)} others" if more else "",
                 entries[0].exponent,
             )
+
+
+def _numbers(rule: Any) -> dict[str, float]:
+    """What an update rule keeps as plain numbers, such as MSVAG's power of beta: Chainer saves only its
+    arrays."""
+    return {} if rule is None else {name: x for name, x in vars(rule).items() if isinstance(x, float)}
 
 
 def prepare(optimizer: Any) -> Any:

@@ -1,6 +1,7 @@
 """Snapshots: they hold all that decides the next step, so a resumed training is the uninterrupted one."""
 
 import io
+from dataclasses import fields, replace
 
 import chainer
 import numpy as np
@@ -10,13 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.config import METHODS
+from ada_loss.chainer.policy import Decision
+from ada_loss.chainer.recorder import Site
+from ada_loss.config import METHODS, TIMINGS
+from ada_loss.entry_scale import EntryScale
+from ada_loss.measurement import Measurement
+from ada_loss.statistics import Statistics
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, Training, batch, masters, prepared, training, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 OPTIMIZERS = {"MomentumSGD": lambda: optimizers.MomentumSGD(0.05), "Adam": lambda: optimizers.Adam(0.01)}
+
+RESUMABLE = [
+    getattr(optimizers, name)
+    for name in dir(optimizers)
+    if isinstance(getattr(optimizers, name), type)
+    and issubclass(getattr(optimizers, name), chainer.Optimizer)
+]
 
 
 @pytest.fixture
@@ -43,12 +56,31 @@ def restore(saved, *objects):
 def everything(optimizer, target):
     """All that a step may change."""
     states = {
-        f"{path} {key}": value
+        f"{path} {key}": np.copy(value)
         for path, p in target.namedparams()
         for key, value in (p.update_rule.state or {}).items()
     }
-    state = {"policy": np.array(target.model.policy.to_json()), "t": np.array(optimizer.t)}
-    return {**values(target), **masters(target), **states, **state}
+    rounded = {f"{path} as the model sees it": array for path, array in values(target).items()}
+    numbers = {
+        f"{path} {key}": np.array(value)
+        for path, p in target.namedparams()
+        for key, value in vars(p.update_rule).items()
+        if isinstance(value, int | float)
+    }
+    scale = (
+        [optimizer._loss_scale, optimizer._loss_scaling_isnan_ever]
+        if optimizer._loss_scaling_is_dynamic
+        else []
+    )
+    state = {"policy": np.array(target.model.policy.to_json()), "t": np.array([optimizer.t, optimizer.epoch])}
+    return {
+        **rounded,
+        **masters(target),
+        **states,
+        **numbers,
+        **state,
+        "Chainer's loss scale": np.array(scale),
+    }
 
 
 class Trainer:
@@ -114,34 +146,114 @@ class TestAResumedTrainingIsTheUninterruptedOne:
 
         assert_resumes(tmp_path, lazy, OPTIMIZERS["Adam"])
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(
         method=st.sampled_from(METHODS),
+        timing=st.sampled_from(TIMINGS),
         interval=st.sampled_from([None, 1, 2]),
         every=st.integers(1, 4),
+        optimizer_class=st.sampled_from(RESUMABLE),
+        chainers_interval=st.sampled_from([None, 1, 2]),
         magnitudes=st.lists(st.sampled_from([1e-4, 1.0, 1e3, np.inf]), min_size=2, max_size=8),
         data=st.data(),
     )
-    def test_wherever_it_was_interrupted(self, method, interval, every, magnitudes, data):
+    def test_wherever_it_was_interrupted(
+        self, method, timing, interval, every, optimizer_class, chainers_interval, magnitudes, data
+    ):
         def start():
-            target = training(method=method, dynamic_interval=interval, update_per_n_iteration=every)
-            return prepared(target), target
+            target = training(
+                method=method, timing=timing, dynamic_interval=interval, update_per_n_iteration=every
+            )
+            optimizer = prepared(target, optimizer_class())
+            if chainers_interval is not None:
+                optimizer.loss_scaling(interval=chainers_interval)
+            return optimizer, target
 
         at = data.draw(st.integers(0, len(magnitudes)), label="interrupted at")
         with dtype("mixed16"):
             rng = np.random.default_rng(42)
             batches = [batch(rng, magnitude=magnitude) for magnitude in magnitudes]
             optimizer, target = start()
-            saved = in_memory(optimizer, target)
-            for step, each in enumerate(batches, 1):
+            for each in batches[:at]:
                 optimizer.update(target, *each)
-                if step == at:
-                    saved = in_memory(optimizer, target)
+            saved, then = in_memory(optimizer, target), everything(optimizer, target)
+            for each in batches[at:]:
+                optimizer.update(target, *each)
             whole, (optimizer, target) = everything(optimizer, target), start()
             restore(saved, optimizer, target)
+            if at:
+                assert_same_bits(everything(optimizer, target), then)
             for each in batches[at:]:
                 optimizer.update(target, *each)
             assert_same_bits(everything(optimizer, target), whole)
+
+
+COUNTS, NUMBERS = st.integers(0, 2**40), st.floats(0, allow_infinity=True)
+STATISTICS = st.builds(Statistics, *[COUNTS] * 2, *[NUMBERS] * 3, st.booleans(), *[st.floats(-1e9, 1e9)] * 2)
+MEASUREMENTS = st.builds(
+    Measurement, STATISTICS, st.none() | STATISTICS, COUNTS, st.none() | st.tuples(NUMBERS, NUMBERS)
+)
+EXPONENTS = st.integers(-200, 200)
+DECISIONS = st.builds(
+    Decision, st.builds(Site, st.text(), COUNTS, COUNTS), EXPONENTS, EXPONENTS, EXPONENTS, MEASUREMENTS
+)
+ENTRY = {field.name: EXPONENTS for field in fields(EntryScale) if field.name not in ("initial", "interval")}
+
+NOT_SAVED = {"config", "layers", "branches", "_begun", "_weights", "_calls", "_met"}
+"""What of a policy comes from the script that resumes, is found anew, or belongs to an unfinished step."""
+
+
+class TestEveryField:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        method=st.sampled_from(METHODS),
+        init_scale=st.sampled_from([2.0**-7, 1.0, 64.0]),
+        iteration=COUNTS,
+        entry=st.fixed_dictionaries(ENTRY),
+        decisions=st.lists(DECISIONS, max_size=4),
+    )
+    def test_of_a_policy_comes_back(self, method, init_scale, iteration, entry, decisions):
+        model, other = (AdaLossScaled(Net(), method, init_scale=init_scale) for _ in range(2))
+        policy = model.policy
+        policy.iteration, policy.entry = iteration, replace(policy.entry, **entry)
+        policy.decisions = {decision.site: decision for decision in decisions}
+        restore(in_memory(model), other)
+        assert vars(other.policy).keys() == vars(policy).keys() >= NOT_SAVED
+        for name in vars(policy).keys() - NOT_SAVED:
+            assert getattr(other.policy, name) == getattr(policy, name), name
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        scale=st.floats(1, 2.0**30),
+        ever=st.booleans(),
+        steps=COUNTS,
+        seed=st.integers(0, 2**32 - 1),
+        optimizer_class=st.sampled_from(RESUMABLE),
+    )
+    def test_of_a_prepared_optimizer_comes_back(self, scale, ever, steps, seed, optimizer_class):
+        rng = np.random.default_rng(seed)
+        with dtype("mixed16"):
+            pairs = []
+            for _ in range(2):
+                target = training()
+                pairs.append((prepared(target, optimizer_class()), target))
+                pairs[-1][0].loss_scaling()
+                for parameter in target.params():
+                    parameter.update_rule.average = 0.0
+            (optimizer, target), other = pairs
+            in_memory(optimizer)  # Now every rule has its state.
+            optimizer.t, optimizer.epoch, optimizer._loss_scale = steps, steps // 7, scale
+            optimizer._loss_scaling_isnan_ever = ever
+            for parameter in target.params():
+                rule = parameter.update_rule
+                rule.t = int(rng.integers(1000))
+                rule.average = rng.uniform()
+                for key, value in rule.state.items():
+                    rule.state[key] = rng.standard_normal(np.shape(value)).astype(np.asarray(value).dtype)
+                if parameter.dtype == np.float16:
+                    parameter.master = rng.standard_normal(parameter.shape).astype(np.float32)
+            restore(in_memory(optimizer, target), *other)
+        assert_same_bits(everything(*other), everything(optimizer, target))
 
 
 class TestFiles:
