@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -105,9 +104,9 @@ class AdaLossScaled(chainer.Chain):
     def copy(self, mode: str = "share") -> AdaLossScaled:
         """Chainer's copy, with scales of its own: those of the original, or fresh ones in mode `init`."""
         other = super().copy(mode)
-        other.policy, other._paths = copy.deepcopy(self.policy), LinkPaths()
-        if mode == "init":
-            other.policy.reset()
+        other.policy, other._paths = ShiftPolicy(self.config, self.policy.layers), LinkPaths()
+        if mode != "init":
+            other.policy.load_json(self.policy.to_json())
         return other
 
     def copyparams(self, link: chainer.Link, copy_persistent: bool = True) -> None:
