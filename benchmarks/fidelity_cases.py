@@ -50,6 +50,25 @@ class MLP(chainer.ChainList):
         return last(x)
 
 
+class Uneven(chainer.Chain):
+    """Every stage sees the input, and 2^-12 of the stage before: gradients of the first stage are about 2^-36
+    times as large as those of the last, more than one scale can serve."""
+
+    def __init__(self, width: int = 64, stages: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.inputs = chainer.ChainList(*(L.Linear(None, width) for _ in range(stages)))
+            self.steps = chainer.ChainList(*(L.Linear(width, width) for _ in range(stages - 1)))
+            self.last = L.Linear(width, classes)
+
+    def forward(self, x: Any) -> chainer.Variable:
+        first, *others = self.inputs
+        h = F.tanh(first(x))
+        for see, step in zip(others, self.steps, strict=True):
+            h = F.tanh(see(x) + 2.0**-12 * step(h))
+        return self.last(h)
+
+
 class VGG(chainer.Chain):
     """Pairs of 3x3 convolutions between poolings, no normalization."""
 
@@ -337,5 +356,6 @@ CASES = {
         Case("segnet", SegNet, _maps, _classification),
         Case("lstm", RowLSTM, _rows, _classification),
         Case("transformer", Transformer, _sequences, _next_token),
+        Case("uneven", Uneven, _vectors, _classification),
     )
 }

@@ -37,6 +37,8 @@ parameters, over all m, with an element that is not finite. parameters: how many
 
 {table}
 
+{finding}
+
 ![signal-to-noise ratio of the worst parameter over m](fidelity.png)
 """
 
@@ -77,6 +79,7 @@ def document(cells: list[Cell], settings: dict[str, Any]) -> str:
         settings=", ".join(f"{name} {value}" for name, value in settings.items()),
         methods="\n".join(f"- {method}: {meaning}" for method, meaning in METHODS.items()),
         table="\n".join(_table(cells)),
+        finding=finding(cells),
     )
 
 
@@ -88,6 +91,28 @@ def shortfalls(cells: Iterable[Cell]) -> dict[tuple[str, str, int, str], float]:
         (c.model, c.stage, c.m, c.method): math.inf if c.overflowed else best[c.model, c.stage, c.m] - c.snr
         for c in cells
     }
+
+
+def finding(cells: list[Cell], method: str = "auto") -> str:
+    """What the figures say of a method, over all networks and m."""
+    short = shortfalls(cells)
+    mine = [c for c in cells if c.method == method]
+    if not mine:
+        return ""
+    worst = max(mine, key=lambda c: short[c.model, c.stage, c.m, method])
+    best = min(mine, key=lambda c: short[c.model, c.stage, c.m, method])
+    lost = max(mine, key=lambda c: c.underflow)
+    behind, ahead = (short[c.model, c.stage, c.m, method] for c in (worst, best))
+    return (
+        f"Of {len(mine)} cells `{method}` is furthest below the best fixed scale in {_place(worst)}, by "
+        f"{_db(behind)}, and furthest ahead of it in {_place(best)}, by {_db(-ahead)}. "
+        f"{sum(c.overflowed for c in mine)} gradients overflow; the largest share of a parameter's elements "
+        f"that underflow is {lost.underflow:.3%}, in {_place(lost)} ({lost.underflow_parameter})."
+    )
+
+
+def _place(cell: Cell) -> str:
+    return f"{cell.model} {cell.stage} at m = {cell.m}"
 
 
 def _table(cells: list[Cell]) -> list[str]:

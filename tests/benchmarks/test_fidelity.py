@@ -17,7 +17,7 @@ import pytest
 from chainer import functions as F
 from fidelity_cases import MLP, Case
 from fidelity_measure import compare, make_subject, plain_backward, signal_to_noise, sweep
-from fidelity_report import ORACLE, shortfalls, write
+from fidelity_report import ORACLE, Cell, finding, shortfalls, write
 
 MULTIPLIERS = range(-30, 19, 8)
 
@@ -164,3 +164,15 @@ def test_an_unknown_network_is_refused(capsys):
         fidelity.main(["--models", "alexnet"])
     assert caught.value.code == 2
     assert "mlp20" in capsys.readouterr().err
+
+
+def test_the_finding_names_the_cells_furthest_below_and_ahead_of_the_best_fixed_scale():
+    def cell(m, method, snr, underflow=0.0):
+        return Cell("net", "initial", m, method, snr, "/W", underflow, "/b", 0, 2)
+
+    cells = [cell(m, ORACLE, 30.0) for m in (0, 4, 8)]
+    cells += [cell(0, "auto", 29.5), cell(4, "auto", 45.0), cell(8, "auto", 30.0, underflow=0.002)]
+    text = finding(cells)
+    assert "furthest below the best fixed scale in net initial at m = 0, by 0.50 dB" in text
+    assert "ahead of it in net initial at m = 4, by 15.00 dB" in text
+    assert "0 gradients overflow" in text and "0.200%, in net initial at m = 8 (/b)" in text
