@@ -199,7 +199,8 @@ def _decided(
             gx = input_gradient(function, product, gy, chosen.shift, chosen.measurement.factor.largest)
             found[product.data] = (gx, exponent + chosen.shift)
     if tag.scope.scales_sums(tag.point):
-        found.update(parameter_gradients(function, targets, gy, exponent))
+        backoff = tag.scope.policy.entry.backoff
+        found.update(parameter_gradients(function, targets, gy, exponent, backoff))
     return found
 
 

@@ -14,23 +14,28 @@ from typing import Any
 import numpy as np
 
 from ada_loss.chainer.decisions import backward_arrays, backward_with_weight, products_of
-from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.gradient import HEADROOM, InFlight, shifted
 from ada_loss.chainer.kernels.elementwise import float32_total
 from ada_loss.formats import FLOAT16
 from ada_loss.rules import floor_log2
 from ada_loss.statistics import all_finite, largest_magnitude, module_of
+
+_LEAF_HEADROOM = 1
+"""How many powers of two the gradient of a parameter keeps to the largest float16: so much as an addition
+takes. That of weights that were computed goes through functions that may enlarge it, and keeps `HEADROOM`."""
 
 _RETREAT, _RETREATS = 4, 6
 """By how many powers of two gy is lowered when a sum of it overflows, and how often at most."""
 
 
 def parameter_gradients(
-    function: Any, targets: tuple[int, ...], gy: Any, exponent: int
+    function: Any, targets: tuple[int, ...], gy: Any, exponent: int, backoff: int = 0
 ) -> dict[int, InFlight]:
     """Gradients of a layer's float16 weight and bias, by input, each at the largest scale that it can have.
 
-    They are added up in float32, as the kernels do anyway, and rounded once the largest element is known.
-    gy: the layer's output gradient, an array that carries `exponent`.
+    They are added up in float32 where the kernels do so anyway, and rounded once the largest element is
+    known. One that is not finite is left out: what overflowed may have been added up in float16.
+    gy: the layer's output gradient, an array that carries `exponent`. backoff: of the entry scale.
     """
     products = products_of(function)
     if gy.dtype != np.float16 or module_of(gy) is not np or len(products) != 1:
@@ -44,7 +49,13 @@ def parameter_gradients(
         sums[weight] = backward_with_weight(function, products[0], wide, weight, gy)
     if bias in halves and function.inputs[bias].shape == gy.shape[1:2]:
         sums[bias] = float32_total(gy, (0, *range(2, gy.ndim)))
-    return {index: _rounded(total, exponent) for index, total in sums.items() if total.dtype == np.float32}
+    found = {}
+    for index, total in sums.items():
+        peak = largest_magnitude(total)
+        if math.isfinite(peak):
+            computed = function.inputs[index].creator_node is not None
+            found[index] = _rounded(total, exponent, peak, HEADROOM + backoff if computed else _LEAF_HEADROOM)
+    return found
 
 
 def gradients_in_range(
@@ -77,9 +88,8 @@ def _adds_up(node: Any, size: int) -> bool:
     return math.prod(node.shape) < size or node.creator_node is None
 
 
-def _rounded(total: Any, exponent: int) -> InFlight:
-    """A float32 gradient that carries `exponent`, rounded to float16 with its largest element below half of
-    the format's maximum, so that there is room for whatever it is added to."""
-    peak = largest_magnitude(total)
-    shift = floor_log2(FLOAT16.max / peak) - 1 if 0 < peak < math.inf else 0
+def _rounded(total: Any, exponent: int, peak: float, headroom: int) -> InFlight:
+    """A gradient that carries `exponent`, rounded to float16 with its largest element, `peak`, so many powers
+    of two below the format's maximum."""
+    shift = floor_log2(FLOAT16.max / peak) - headroom if peak else 0
     return InFlight(shifted(total, shift, np.float16), exponent + shift)

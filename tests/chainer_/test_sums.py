@@ -6,16 +6,61 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer import AdaLossScaled, kernels, prepare
 from ada_loss.chainer.sums import parameter_gradients
+
+class Raw(chainer.Link):
+    """A function of its input, a weight and a bias."""
+
+    def __init__(self, function, weight, bias):
+        super().__init__()
+        self.function = function
+        with self.init_scope():
+            self.W = chainer.Parameter(chainer.initializers.Normal(0.5), weight)
+            self.b = chainer.Parameter(chainer.initializers.Normal(0.5), bias)
+
+    def forward(self, x):
+        return self.function(x, self.W, self.b)
+
+
+def covering(function):
+    """A convolution whose stride leaves a rest, which it covers."""
+    return lambda x, W, b: function(x, W, b, stride=2, cover_all=True)
+
+
+def masked(x, W, b):
+    """Dropconnect that drops the same weights every time, some of all and others of single samples."""
+    shape = (len(x), *W.shape)
+    mask = np.arange(np.prod(shape)).reshape(shape) % 7 % 3 > 0
+    return F.simplified_dropconnect(x, W, b, ratio=0.5, mask=mask)
+
 
 LAYERS = {
     "linear": (lambda: L.Linear(8, 6), (512, 8)),
     "convolution": (lambda: L.Convolution2D(8, 6, 3, pad=1), (8, 8, 16, 16)),
+    "strided convolution": (lambda: L.Convolution2D(4, 6, 3, stride=2), (16, 4, 11, 11)),
     "grouped convolution": (lambda: L.Convolution2D(8, 6, 3, pad=1, groups=2), (8, 8, 16, 16)),
+    "dilated convolution": (lambda: L.DilatedConvolution2D(4, 6, 3, dilate=2), (8, 4, 12, 12)),
+    "depthwise convolution": (lambda: L.DepthwiseConvolution2D(4, 2, 3), (8, 4, 12, 12)),
+    "covering convolution": (lambda: Raw(covering(F.convolution_2d), (6, 4, 3, 3), 6), (16, 4, 10, 10)),
     "deconvolution": (lambda: L.Deconvolution2D(8, 6, 3, stride=2), (8, 8, 9, 9)),
+    "grouped deconvolution": (lambda: L.Deconvolution2D(8, 6, 3, groups=2), (8, 8, 9, 9)),
+    "convolution 1d": (lambda: L.Convolution1D(4, 6, 3), (16, 4, 40)),
     "convolution 3d": (lambda: L.Convolution3D(8, 6, 3), (2, 8, 6, 6, 6)),
+    "covering convolution nd": (lambda: Raw(covering(F.convolution_nd), (6, 4, 3, 3), 6), (16, 4, 10, 10)),
+    "deconvolution 3d": (lambda: L.Deconvolution3D(4, 6, 3), (2, 4, 5, 5, 5)),
+    "local convolution": (lambda: L.LocalConvolution2D(2, 6, 5, 3), (256, 2, 5, 5)),
+    "dropconnect": (lambda: Raw(masked, (6, 8), 6), (256, 8)),
 }
+
+
+@pytest.fixture(params=["chainer", "numpy", "torch"], autouse=True)
+def provider(request):
+    """Whatever computes the products."""
+    if request.param == "torch":
+        pytest.importorskip("torch")
+    with kernels.using(request.param):
+        yield request.param
 
 
 def gradients(method, layer, x, gy, exponent):
@@ -53,12 +98,14 @@ def reference(layer, x, gy, exponent):
 
 @pytest.mark.parametrize("exponent", [-30, 0, 30])
 @pytest.mark.parametrize("name", LAYERS)
-def test_sums_over_a_large_batch_neither_overflow_nor_vanish(name, exponent):
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_sums_over_a_large_batch_neither_overflow_nor_vanish(name, exponent, provider):
     layer, x, gy = make(name)
     expected = reference(layer, x, gy, exponent)
     found = gradients("auto", layer, x, gy, exponent)
     for path, gradient in expected.items():
-        np.testing.assert_allclose(found[path], gradient, rtol=2e-3)
+        # Chainer itself adds float16 in float16.
+        np.testing.assert_allclose(found[path], gradient, rtol=5e-2 if provider == "chainer" else 2e-3)
 
 
 @pytest.mark.parametrize("input_scale", [2.0**-14, 2.0**-20])
@@ -87,3 +134,26 @@ def test_float32_parameters_of_a_float16_layer_keep_their_type():
     layer.W.array = layer.W.array.astype(np.float32)
     y = layer(x)
     assert set(parameter_gradients(y.creator_node, (0, 1, 2), gy.astype(np.float16), 0)) == {2}
+
+
+@pytest.mark.parametrize("factor", [100.0, 10000.0])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_gradients_of_computed_weights_have_room_for_what_follows(factor):
+    class Computed(chainer.Link):
+        def __init__(self):
+            super().__init__()
+            with self.init_scope():
+                self.W = chainer.Parameter(chainer.initializers.Normal(1 / factor), (6, 8))
+
+        def forward(self, x):
+            return F.linear(x, F.identity(self.W) * factor)
+
+    with chainer.using_config("dtype", np.float16):
+        model = AdaLossScaled(Computed())
+    optimizer = prepare(chainer.optimizers.SGD(0.0).setup(model))
+    x = np.random.default_rng(5).uniform(1, 2, (64, 8)).astype(np.float16)
+    for _ in range(16):
+        optimizer.update(lambda: F.sum(model(x)))
+    assert optimizer.overflow.skipped < 16
+    expected = np.broadcast_to(factor * x.astype(np.float64).sum(axis=0), (6, 8))
+    np.testing.assert_allclose(model.true_gradients()["/W"], expected, rtol=2e-3)
