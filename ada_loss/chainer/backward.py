@@ -20,7 +20,9 @@ and gradients that are to be differentiated again, are still left to Chainer's.
 
 from __future__ import annotations
 
+import functools
 import heapq
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -256,7 +258,8 @@ def _holds_scope(outputs: Any) -> bool:
     return False
 
 
-_chainers_engine = _backprop._backprop_to_all
+# This module may be reloaded, when its engine is installed already.
+_chainers_engine = inspect.unwrap(_backprop._backprop_to_all)
 
 
 @passes.noting
@@ -269,6 +272,7 @@ def _engine(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
     this.finish()
 
 
+@functools.wraps(_chainers_engine)
 def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
     if not chainer.config.enable_backprop:
         _engine(outputs, retain_grad, loss_scale)

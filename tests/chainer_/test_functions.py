@@ -50,11 +50,6 @@ class Raw(chainer.Link):
         return self.function(*xs, *(getattr(self, name) for name in sorted(self._params)))
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(23)
-
-
 def draw(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32)
 

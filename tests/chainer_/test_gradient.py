@@ -8,11 +8,6 @@ import pytest
 from ada_loss.chainer.gradient import InFlight, add, align, shifted
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(20)
-
-
 def in_flight(array, exponent):
     """A true gradient, as float16 with an exponent."""
     return InFlight(np.ldexp(array, exponent).astype(np.float16), exponent)

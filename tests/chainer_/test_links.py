@@ -74,11 +74,6 @@ class Steps(chainer.Chain):
         return [self.layer(x * factor) for factor in (0.5, -1.0, 2.0)]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
 def draw(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32)
 

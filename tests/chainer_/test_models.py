@@ -58,11 +58,6 @@ SLOW = {"SSD512", "Faster R-CNN"}
 DECISIONS = {"SSD300": 35, "SSD512": 39, "ResNet50": 54, "VGG16": 16, "SegNetBasic": 9}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(71)
-
-
 def loss(model, x):
     results = model(x, *TRUTH) if "anchor_target_creator" in vars(getattr(model, "link", model)) else model(x)
     return results if isinstance(results, chainer.Variable) and results.ndim == 0 else weighted_sum(results)

@@ -1,6 +1,7 @@
 """Corners in which gradients were once wrong, lost or refused without need."""
 
 import collections
+import importlib
 import zipfile
 
 import chainer
@@ -13,13 +14,8 @@ from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.gradient import InFlight, add
 from ada_loss.chainer.recorder import LinkPaths, Site
 from ada_loss.config import AdaLossConfig
-from helpers import assert_same_bits, dtype
+from helpers import assert_same_bits, dtype, plain_gradients, scoped_gradients
 from twins import wrapped_copy
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(60)
 
 
 def one_weight(**settings):
@@ -265,3 +261,14 @@ def test_an_entry_of_a_file_that_is_damaged_is_not_taken_for_missing(tmp_path):
             bad.writestr(name, data.replace(b"descr", b"?????") if "state" in name else data)
     with pytest.raises(ValueError, match="Header"):
         chainer.serializers.load_npz(tmp_path / "bad.npz", model)
+
+
+def test_the_engine_may_be_reloaded(rng):
+    from ada_loss.chainer import backward
+
+    link, x = L.Linear(3, 2), rng.standard_normal((4, 3)).astype(np.float32)
+    expected = plain_gradients(link, lambda model: F.sum(model(x) ** 2))
+    for _ in range(2):
+        importlib.reload(backward).install()
+    assert_same_bits(plain_gradients(link, lambda model: F.sum(model(x) ** 2)), expected)
+    assert_same_bits(scoped_gradients(AdaLossScaled(link), lambda model: F.sum(model(x) ** 2)), expected)

@@ -41,11 +41,6 @@ class Recurrent(chainer.Chain):
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(47)
-
-
-@pytest.fixture
 def no_gc():
     """Garbage collection would hide reference cycles."""
     gc.collect()

@@ -9,6 +9,7 @@ import pytest
 from ada_loss.chainer import AdaLossScaled, kernels, prepare
 from ada_loss.chainer.sums import parameter_gradients
 
+
 class Raw(chainer.Link):
     """A function of its input, a weight and a bias."""
 

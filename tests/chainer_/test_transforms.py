@@ -16,11 +16,6 @@ from helpers import dtype
 from twins import assert_exact, weighted_sum
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(53)
-
-
 def draw(rng, *shape):
     return rng.standard_normal(shape or (3, 4)).astype(np.float32)
 
