@@ -10,6 +10,7 @@ import chainer.links as L
 import numpy as np
 
 from ada_loss.chainer import AdaLossScaled, prepare
+from ada_loss.chainer.parameters import ScaledParameter, adopt
 from helpers import dtype
 
 SIZE, CLASSES = 6, 3
@@ -118,3 +119,39 @@ class Twin(chainer.Chain):
         for mine, (path, other) in zip(self.params(), target.namedparams(), strict=True):
             np.testing.assert_array_equal(wide(other), mine.array, err_msg=path)
             np.testing.assert_array_equal(other.array, mine.array.astype(other.dtype), err_msg=path)
+
+
+SCALES = [2.0**-4, 1.0, 2.0**10]
+"""Loss scales, which make no difference to an update."""
+
+
+def backward(target: chainer.Link, data: Any, loss_scale: float | None = None) -> None:
+    """The gradients of a batch, and of nothing before."""
+    target.cleargrads()
+    target(*data).backward(loss_scale=loss_scale)
+
+
+def compare(target: chainer.Link, optimizer: Any, reference: Any, data: Any, *adds: Any) -> None:
+    """Run a step for each loss scale, and the same steps of another optimizer on plain float32 parameters.
+
+    adds: functions that add hooks, called with each optimizer and its target.
+    """
+    twin = Twin(target)
+    reference.setup(twin)
+    for add in adds:
+        add(optimizer, target)
+        add(reference, twin)
+    for loss_scale in SCALES:
+        backward(target, data, loss_scale)
+        twin.take_gradients(target)
+        optimizer.update()
+        reference.update()
+        twin.assert_is(target)
+    assert optimizer.t == reference.t == len(SCALES)
+
+
+def a_parameter(dtype: str = "float16", shape: tuple[int, ...] = (3,)) -> ScaledParameter:
+    """A parameter of ones, without a gradient."""
+    made = adopt(chainer.Parameter(np.ones(shape, dtype)))
+    made.cleargrad()
+    return made

@@ -111,8 +111,12 @@ class ScaledParameter(chainer.Parameter):
         if present is None:
             return []
         room = np.finfo(np.promote_types(present.dtype, np.float32)).maxexp - np.finfo(present.dtype).maxexp
-        fits = present.gradient.exponent >= -room
-        return [present.gradient.array if fits else self.true_gradient()]
+        array, exponent = present.gradient
+        if exponent >= -room:
+            return [array]
+        with chainer.using_device(self.device):
+            largest = abs(array.ravel()).max(initial=0, keepdims=True)
+            return [_Held(InFlight(largest, exponent), present.factor).true()]
 
     def fill(self) -> None:
         """Hold zeros where there is no gradient, without an array of their size."""

@@ -1,10 +1,7 @@
 """A prepared optimizer: the update is float32 Chainer's, whatever scales the gradients carry."""
 
 import copy
-import gc
-import logging
 import pickle
-import tracemalloc
 from functools import partial
 
 import chainer
@@ -15,15 +12,13 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
-from ada_loss.chainer import AdaLossScaled, Diverged, prepare
+from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.parameters import ScaledParameter
 from helpers import assert_same_bits, dtype
-from toy import SIZE, Net, Training, Twin, batch, masters, prepared, training, values
+from toy import SCALES, SIZE, Net, Training, backward, batch, compare, masters, prepared, training, values
 
 # NumPy says so when something overflows, and here it often has to.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-SCALES = [2.0**-4, 1.0, 2.0**10]
 
 OPTIMIZERS = {
     name: getattr(optimizers, name)
@@ -50,30 +45,6 @@ HOOKS = {
 @pytest.fixture
 def rng():
     return np.random.default_rng(20)
-
-
-def backward(target, data, loss_scale=None):
-    target.cleargrads()
-    target(*data).backward(loss_scale=loss_scale)
-
-
-def compare(target, optimizer, reference, data, *adds):
-    """Run a step for each loss scale, and the same steps of another optimizer on plain float32 parameters.
-
-    adds: functions that add hooks, called with each optimizer and its target.
-    """
-    twin = Twin(target)
-    reference.setup(twin)
-    for add in adds:
-        add(optimizer, target)
-        add(reference, twin)
-    for loss_scale in SCALES:
-        backward(target, data, loss_scale)
-        twin.take_gradients(target)
-        optimizer.update()
-        reference.update()
-        twin.assert_is(target)
-    assert optimizer.t == reference.t == len(SCALES)
 
 
 class TestUpdatesAreFloat32Chainers:
@@ -343,254 +314,6 @@ class TestWhichParametersAreUpdated:
             assert target.model.first.W.array.dtype == np.float16
             optimizer.remove_hook("failing")
             optimizer.update(target, *batch(rng))
-
-
-class Deep(chainer.Chain):
-    """Layers of equal size, so that all gradients together are many times the largest one."""
-
-    layers, size = 16, 64
-
-    def __init__(self):
-        super().__init__()
-        with self.init_scope():
-            for index in range(self.layers):
-                setattr(self, f"layer{index}", L.Linear(self.size, self.size))
-
-    def forward(self, x):
-        for index in range(self.layers):
-            x = getattr(self, f"layer{index}")(x)
-        return x
-
-
-class TestFloat32Gradients:
-    """They are made one parameter at a time, as far as nobody looks at them."""
-
-    largest = 4 * Deep.size**2
-
-    def ready(self, rng, precision, make, *hooks):
-        """An optimizer whose masters and state exist, and gradients for its next step."""
-        with dtype(precision):
-            model = AdaLossScaled(Deep())
-            optimizer = prepared(model, make(), *hooks)
-            x = rng.standard_normal((2, Deep.size)).astype(chainer.get_dtype())
-            optimizer.update(lambda: F.sum(model(x)))
-            model.cleargrads()
-            F.sum(model(x)).backward()
-        return optimizer
-
-    def peak_of_update(self, optimizer):
-        """How many bytes an update takes at most besides what was there before."""
-        gc.collect()
-        tracemalloc.start()
-        try:
-            optimizer.update()
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    @pytest.mark.parametrize("precision", ["mixed16", "float32"])
-    @pytest.mark.parametrize("make", [optimizers.SGD, optimizers.MomentumSGD, optimizers.Adam])
-    def test_an_update_takes_the_memory_of_a_few_of_them(self, rng, precision, make):
-        optimizer = self.ready(rng, precision, make)
-        assert self.peak_of_update(optimizer) < 6 * self.largest < Deep.layers * self.largest / 2
-
-    def test_an_update_without_gradients_takes_no_more(self, rng):
-        optimizer = self.ready(rng, "mixed16", optimizers.SGD)
-        optimizer.target.cleargrads()
-        assert self.peak_of_update(optimizer) < 6 * self.largest
-
-    def test_a_hook_before_the_update_that_looks_at_them_makes_all(self, rng):
-        optimizer = self.ready(rng, "mixed16", optimizers.SGD, hooks.GradientClipping(1.0))
-        assert self.peak_of_update(optimizer) > Deep.layers * self.largest
-
-    def test_at_the_end_none_is_left(self, rng):
-        optimizer = self.ready(rng, "mixed16", optimizers.SGD, hooks.WeightDecay(0.1))
-        optimizer.update()
-        for parameter in optimizer.target.params():
-            assert [array.dtype for array in parameter.arrays()] == [np.float16]
-
-    def test_an_optimizer_that_makes_no_zeros_for_missing_ones_still_makes_none(self, rng):
-        class Sparse(optimizers.MomentumSGD):
-            def reallocate_cleared_grads(self):
-                pass
-
-        with dtype("mixed16"):
-            target = training()
-            with target.init_scope():
-                target.spare = L.Linear(2, 2)
-            seen = []
-            optimizer = prepared(target, Sparse())
-            target.spare.W.update_rule.add_hook(lambda rule, p: seen.append(p.grad), "look")
-            optimizer.update(target, *batch(rng))
-        assert seen == [None]
-
-    def test_rules_with_hooks_see_what_the_first_of_two_updates_left(self, rng):
-        def twice(wrap):
-            layer = L.Linear(SIZE, SIZE, initialW=np.full((SIZE, SIZE), 0.1))
-            return wrap(chainer.Sequential(layer, F.relu, layer))
-
-        target, plain = twice(AdaLossScaled), twice(lambda link: link)
-        x, _ = batch(rng)
-        optimizer, reference = prepared(target, optimizers.SGD(0.05)), optimizers.SGD(0.05).setup(plain)
-        for layer in (target.link[0], plain[0]):
-            layer.W.update_rule.add_hook(hooks.WeightDecay(0.1))
-        for _ in range(2):
-            optimizer.update(lambda: F.sum(target(x) ** 2))
-            reference.update(lambda: F.sum(plain(x) ** 2))
-        assert_same_bits(values(target), values(plain))
-
-
-class TestMastersFollow:
-    """Whoever changes a float16 parameter behind the optimizer's back changes the master as well."""
-
-    def changed(self, rng, change):
-        with dtype("mixed16"):
-            target = training()
-            optimizer = prepared(target, optimizers.SGD(0.0))
-            optimizer.update(target, *batch(rng))
-            parameter = target.model.first.W
-            parameter.master += np.float32(2**-14) * np.abs(parameter.master)
-            parameter.array[...] = parameter.master.astype(np.float16)
-            before = masters(target)["/model/first/W"]
-            change(target)
-            optimizer.update(target, *batch(rng))
-        return parameter, before
-
-    def test_a_change_in_place_reaches_the_elements_that_changed(self, rng):
-        def change(target):
-            target.model.first.W.array[0] = 0.5
-
-        parameter, before = self.changed(rng, change)
-        assert (parameter.master[0] == 0.5).all() and (parameter.array[0] == 0.5).all()
-        np.testing.assert_array_equal(parameter.master[1:], before[1:])
-
-    def test_another_array(self, rng):
-        def change(target):
-            target.model.first.W.array = np.full((8, SIZE), 0.25, np.float16)
-
-        parameter, _ = self.changed(rng, change)
-        assert (parameter.master == 0.25).all()
-
-    def test_copyparams(self, rng):
-        with dtype("mixed16"):
-            other = Net()
-        parameter, _ = self.changed(rng, lambda target: target.model.link.copyparams(other))
-        np.testing.assert_array_equal(parameter.array, other.first.W.array)
-        np.testing.assert_array_equal(parameter.master, other.first.W.array.astype(np.float32))
-
-    def test_a_loaded_file(self, rng, tmp_path):
-        with dtype("mixed16"):
-            other = Net()
-        chainer.serializers.save_npz(tmp_path / "plain.npz", other)
-        parameter, _ = self.changed(
-            rng, lambda target: chainer.serializers.load_npz(tmp_path / "plain.npz", target.model)
-        )
-        np.testing.assert_array_equal(parameter.master, other.first.W.array.astype(np.float32))
-
-
-class TestOverflow:
-    def snapshot(self, optimizer, target):
-        states = {
-            (path, key): np.copy(value)
-            for path, p in target.namedparams()
-            for key, value in (p.update_rule.state or {}).items()
-        }
-        rules = {path: p.update_rule.t for path, p in target.namedparams()}
-        return values(target), masters(target), states, rules, optimizer.t
-
-    @pytest.mark.parametrize("make", [optimizers.MomentumSGD, optimizers.Adam])
-    def test_a_skipped_step_changes_nothing(self, rng, make):
-        calls = []
-
-        class Counting:
-            name, timing = "counting", "pre"
-
-            def __call__(self, optimizer):
-                calls.append(optimizer.t)
-
-        with dtype("mixed16"):
-            target = training()
-            optimizer = prepared(target, make(), Counting(), hooks.WeightDecay(0.1))
-            optimizer.update(target, *batch(rng))
-            before = self.snapshot(optimizer, target)
-            optimizer.update(target, *batch(rng, magnitude=np.inf))
-            after = self.snapshot(optimizer, target)
-        for old, new in zip(before[:3], after[:3], strict=True):
-            assert_same_bits(new, old)
-        assert before[3:] == after[3:]
-        assert calls == [0]
-        assert (optimizer.overflow.skipped, optimizer.overflow.exponent) == (1, -1)
-
-    def test_one_parameter_that_overflows_skips_the_step_for_all(self, rng):
-        with dtype("mixed16"):
-            target = training()
-            optimizer = prepared(target)
-            backward(target, batch(rng))
-            target.head.b.grad[0] = np.nan
-            before = values(target)
-            optimizer.update()
-        assert_same_bits(values(target), before)
-        assert optimizer.overflow.skipped == 1
-
-    def test_the_first_step_may_overflow(self, rng):
-        with dtype("mixed16"):
-            target = training()
-            optimizer = prepared(target, optimizers.Adam())
-            optimizer.update(target, *batch(rng, magnitude=np.inf))
-            compare(target, optimizer, optimizers.Adam(), batch(rng))
-
-    def test_a_skipped_step_is_logged_once_with_a_parameter_and_the_new_scale(self, rng, caplog):
-        with dtype("mixed16"), caplog.at_level(logging.WARNING, "ada_loss"):
-            target = training(init_scale=16)
-            optimizer = prepared(target)
-            optimizer.update(target, *batch(rng))
-            assert not caplog.records
-            optimizer.update(target, *batch(rng, magnitude=np.inf))
-        (record,) = caplog.records
-        assert "/head/" in record.getMessage() and "2**3" in record.getMessage()
-
-    def test_the_next_steps_run_at_the_lower_scale(self, rng):
-        with dtype("mixed16"):
-            target = training(method="fixed", init_scale=2.0**15)
-            optimizer, data = prepared(target, optimizers.SGD(1e-7)), batch(rng, magnitude=300.0)
-            while optimizer.t < 3:
-                optimizer.update(target, *data)
-                assert optimizer.overflow.skipped < 40
-        assert 0 < optimizer.overflow.skipped == 15 - optimizer.overflow.exponent
-
-    def test_a_dynamic_scale_doubles_until_it_overflows_and_stays_below_from_then_on(self, rng):
-        with dtype("mixed16"):
-            target = training(method="fixed", dynamic_interval=3)
-            optimizer, data, exponents = (
-                prepared(target, optimizers.SGD(1e-7)),
-                batch(rng, magnitude=300.0),
-                [],
-            )
-            for _ in range(30):
-                optimizer.update(target, *data)
-                exponents.append(optimizer.overflow.exponent)
-        top = max(exponents)
-        assert exponents[:top] == list(range(1, top + 1))
-        # It overflows at the top; three good steps later it tries again.
-        assert exponents[top : top + 8] == [top - 1] * 3 + [top, top - 1, top - 1, top - 1, top]
-
-    def test_a_training_that_always_overflows_ends_as_diverged_with_a_message(self, rng):
-        with dtype("mixed16"):
-            target = training()
-            optimizer = prepared(target)
-            before = values(target)
-            with pytest.raises(Diverged, match="diverged: 8 steps in a row .* smallest scale, 2\\*\\*-24"):
-                for _ in range(100):
-                    optimizer.update(target, *batch(rng, magnitude=np.nan))
-        assert_same_bits(values(target), before)
-
-    def test_all_scopes_of_a_model_back_off_together(self, rng):
-        target = chainer.Sequential(
-            AdaLossScaled(L.Linear(4, 4)), AdaLossScaled(L.Linear(4, 2), init_scale=4)
-        )
-        optimizer = prepared(target)
-        optimizer.update(lambda: F.sum(target(np.full((2, 4), np.inf, np.float32))))
-        assert [scope.policy.entry.exponent for scope in target] == [-1, 1]
 
 
 class TestPrepare:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import weakref
 
 import chainer
 import chainer.functions as F
@@ -12,9 +11,9 @@ import pytest
 
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.gradient import InFlight
-from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
+from ada_loss.chainer.parameters import ScaledParameter, adopt
 from helpers import assert_same_bits, dtype
-from toy import SIZE, Net, batch, masters, prepared, training, values
+from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, values
 
 
 @pytest.fixture
@@ -43,12 +42,6 @@ def gradients(plain):
     return {path: None if p.grad is None else p.grad.copy() for path, p in plain.namedparams()}
 
 
-def parameter(dtype="float16", shape=(3,)):
-    made = adopt(chainer.Parameter(np.ones(shape, dtype)))
-    made.cleargrad()
-    return made
-
-
 class TestAccumulation:
     @pytest.mark.parametrize("scales", [(None, None, None), (4.0, 4.0, 4.0), (1.0, 2.0**10, 2.0**-4)])
     def test_over_several_passes_with_equal_or_different_loss_scales(self, x, scales):
@@ -59,20 +52,20 @@ class TestAccumulation:
         assert_same_bits(model.true_gradients(), gradients(plain))
 
     def test_a_loss_scale_that_is_no_power_of_two_is_divided_out_in_float32(self):
-        held = parameter()
+        held = a_parameter()
         held.receive(InFlight(np.float16([3000.0, 6.0, 2.0**-20]), 10), 1000.0)
         expected = np.float32([3000.0, 6.0, 2.0**-20]) / np.float32(1024 * 1000)
         np.testing.assert_allclose(held.grad, expected, rtol=1e-6)
 
     def test_of_gradients_below_the_range_of_float16(self):
-        held = parameter()
+        held = a_parameter()
         for exponent in (30, 40, 35):
             held.receive(InFlight(np.float16([1.0, 2.0, 3.0]), exponent), 1.0)
         expected = np.float32([1, 2, 3]) * np.float32(2.0**-30 + 2.0**-40 + 2.0**-35)
         np.testing.assert_allclose(held.grad, expected, rtol=2e-3)
 
     def test_of_float16_gradients_is_kept_in_float32(self, rng):
-        held = parameter()
+        held = a_parameter()
         passes = [(rng.standard_normal(3).astype(np.float16), int(e)) for e in rng.integers(-3, 9, 300)]
         total = np.zeros(3, np.float32)
         for array, exponent in passes:
@@ -96,7 +89,7 @@ class TestAccumulation:
             np.testing.assert_array_equal(gradient, sum(part[path] for part in parts), err_msg=path)
 
     def test_with_ever_different_loss_scales_holds_one_array(self, rng):
-        held, total = parameter("float32"), np.zeros(3)
+        held, total = a_parameter("float32"), np.zeros(3)
         for _ in range(30):
             array, scale = rng.standard_normal(3).astype(np.float32), rng.uniform(1, 1000)
             held.receive(InFlight(array, 3), scale)
@@ -105,14 +98,14 @@ class TestAccumulation:
         np.testing.assert_allclose(held.grad, total, rtol=1e-4, atol=1e-7)
 
     def test_modifies_no_array_that_came_in(self):
-        held, first, second = parameter(), np.float16([1, 2, 3]), np.float16([4, 5, 6])
+        held, first, second = a_parameter(), np.float16([1, 2, 3]), np.float16([4, 5, 6])
         held.receive(InFlight(first, 3), 1.0)
         held.receive(InFlight(second, 3), 1.0)
         held.grad *= 2
         assert first.tolist() == [1, 2, 3] and second.tolist() == [4, 5, 6]
 
     def test_holds_one_array_for_each_kind_of_scale_however_many_passes(self):
-        held = parameter()
+        held = a_parameter()
         for step in range(50):
             held.receive(InFlight(np.float16([1, 2, 3]), step % 7), 2.0 ** (step % 5))
         assert len(held.arrays()) == 1
@@ -226,7 +219,7 @@ class TestReadingAndWriting:
         assert model.true_gradients()["/first/W"] is None
 
     def test_a_gradient_of_another_shape_may_not(self):
-        held = parameter()
+        held = a_parameter()
         held.receive(InFlight(np.float16([1, 2, 3]), 3), 1.0)
         with pytest.raises(ValueError, match="shape"):
             held.grad = np.zeros(4, np.float32)
@@ -234,7 +227,7 @@ class TestReadingAndWriting:
             held.grad = np.zeros(3, np.int64)
 
     def test_grad_var_reads_as_the_true_gradient_too(self):
-        held = parameter()
+        held = a_parameter()
         held.receive(InFlight(np.float16([1, 2, 3]), 30), 2.0)
         np.testing.assert_array_equal(held.grad_var.array, np.float32([1, 2, 3]) * np.float32(2.0**-31))
 
@@ -399,70 +392,3 @@ class TestAdoption:
         lazy.cleargrad()
         lazy.initialize((2,))
         assert lazy.grad is None and lazy.array.tolist() == [1, 1]
-
-
-class TestTrueGradientsOnMasters:
-    def test_a_float16_parameter_is_its_float32_master(self):
-        held = parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
-        with true_gradients_on_masters([held]):
-            assert held.dtype == held.array.dtype == held.grad.dtype == np.float32
-            assert held.grad.tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
-            held.array += held.grad
-        assert held.array.dtype == np.float16 and held.array.tolist() == [1, 1, 1]
-        assert held.master.dtype == np.float32
-
-    def test_the_float16_array_stays_the_same_object(self):
-        held = parameter()
-        array = held.array
-        with true_gradients_on_masters([held]):
-            held.array[...] = 5
-        assert held.array is array and array.tolist() == [5, 5, 5]
-
-    def test_float32_and_float64_parameters_stay_what_they_are(self):
-        for kind in ("float32", "float64"):
-            held = parameter(kind)
-            held.receive(InFlight(np.ones(3, kind), 2), 1.0)
-            with true_gradients_on_masters([held]):
-                assert held.array.dtype == held.grad.dtype == kind
-            assert held.master is None
-
-    def test_a_gradient_that_was_read_before_is_not_modified(self):
-        held = parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
-        read = held.grad
-        with true_gradients_on_masters([held]):
-            held.grad *= 2
-            assert held.grad.tolist() == [1, 2, 3]
-        assert held.grad is read and read.tolist() == [0.5, 1, 1.5]
-
-    def test_a_gradient_that_only_the_update_asks_for_is_given_up_after_it(self):
-        held, seen = parameter(), []
-        held.update_rule = chainer.optimizers.SGD().create_update_rule()
-        held.update_rule.add_hook(lambda rule, p: seen.append(weakref.ref(p.grad)), "look")
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
-        with true_gradients_on_masters([held]):
-            held.update()
-            assert seen[0]() is None
-            assert held.grad.tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
-
-    @pytest.mark.parametrize("looked_at", [True, False])
-    def test_a_gradient_that_is_looked_at_before_or_kept_stays_as_the_update_left_it(self, looked_at):
-        held = parameter()
-        held.update_rule = chainer.optimizers.SGD().create_update_rule()
-        held.update_rule.add_hook(chainer.optimizer_hooks.WeightDecay(1.0))
-        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
-        with true_gradients_on_masters([held], keep=() if looked_at else {id(held)}):
-            if looked_at:
-                held.grad *= 2
-            held.update()
-            assert held.grad.tolist() == ([2, 3, 4] if looked_at else [1.5, 2, 2.5])
-        assert held.grad.tolist() == [0.5, 1, 1.5]
-
-    def test_gradients_are_in_flight_again_afterwards(self):
-        held = parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
-        with true_gradients_on_masters([held]):
-            held.grad[...] = 0
-        assert held.true_gradient().tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
-        assert held.arrays()[0].dtype == np.float16
