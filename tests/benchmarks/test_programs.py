@@ -70,6 +70,20 @@ def test_mixed16_ratio_compares_with_chainers_own_float32() -> None:
     assert len(ratios) == 4 and ratios[0] == 1 and min(ratios) > 0
 
 
+def test_data_gives_every_phase_its_share_of_the_iteration(tmp_path: Path) -> None:
+    from fidelity_cases import use_ssd_example
+
+    use_ssd_example()
+    from data_digits import DigitsSettings, find_digits
+
+    digits = find_digits(tmp_path / "digits", DigitsSettings(train_images=4, test_images=2))
+    output = run("data", "--kernels", "numpy", "--dataset-dir", str(digits))
+    iteration, *phases, loading, everything = column(output, "ms")
+    assert len(phases) == 4 and iteration > 0
+    np.testing.assert_allclose([loading, everything], [sum(phases[:3]), sum(phases)], rtol=0.05)
+    assert "Evaluation of 2 images: " in output
+
+
 def test_vs_pytorch_compares_both_frameworks_or_says_what_it_needs() -> None:
     if find_spec("torch"):
         output = run("vs_pytorch", "--models", "resnet20")
