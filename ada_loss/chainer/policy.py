@@ -199,6 +199,10 @@ class ShiftPolicy:
         """Start afresh, as after construction."""
         self.__init__(self.config, self.layers)  # type: ignore[misc]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What has been begun is begun on these very arrays, and not on their copies.
+        return vars(self) | {"_begun": {}, "_weights": {}}
+
     def _decide(self, site: Site, config: AdaLossConfig, measurement: Measurement, exponent: int) -> Decision:
         backoff = self.entry.backoff
         shift = choose_shift(config, measurement, exponent, backoff=backoff)

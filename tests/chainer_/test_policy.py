@@ -1,5 +1,7 @@
 """When measurements are taken, and which of them a step's shifts follow from."""
 
+import copy
+import pickle
 import sys
 
 import chainer
@@ -210,3 +212,12 @@ def test_a_resumed_delayed_training_continues_as_the_uninterrupted_one(method, r
     assert resumed.model.policy.to_json() == target.model.policy.to_json()
     for (path, mine), (_, theirs) in zip(target.namedparams(), resumed.namedparams(), strict=True):
         np.testing.assert_array_equal(mine.array, theirs.array, err_msg=path)
+
+
+def test_a_copy_in_the_middle_of_a_step_takes_no_arrays_along(rng):
+    with dtype("mixed16"):
+        model = AdaLossScaled(L.Linear(300, 300), timing="delayed")
+    for _ in range(2):
+        step(model, rng.standard_normal((4, 300)).astype(np.float16))
+    assert len(pickle.dumps(model.policy)) < 10_000
+    assert copy.deepcopy(model.policy).to_json() == model.policy.to_json()
