@@ -151,7 +151,10 @@ def cast(array: Any, dtype: Any) -> Any:
 def _is_cast(source: np.ndarray, out: np.ndarray) -> bool:
     """Cast where there is something quicker than the passes; whether there was."""
     if source.size <= _NATIVE:
-        _cast_natively(source, out)
+        if out.dtype == np.float16:
+            _cast_natively(source, out)
+        else:
+            np.copyto(out, source)
         return True
     copy = _preferred and _preferred()
     return copy is not None and copy(source, out)

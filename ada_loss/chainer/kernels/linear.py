@@ -5,6 +5,7 @@ The weights, which can be large, are brought to float32 a block of rows at a tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,10 +33,8 @@ def linear(x: np.ndarray, W: np.ndarray, b: np.ndarray | None) -> np.ndarray:
 
 def linear_grad_data(W: np.ndarray, gy: np.ndarray) -> np.ndarray:
     """gy @ W in gy's float16; shapes as in `linear`, gy float16 (batch, out)."""
-    total = np.zeros((len(gy), W.shape[1]), np.float32)
-    for rows in _blocks(*W.shape):
-        total += as_float32(gy[:, rows]) @ as_float32(W[rows])
-    return to_float16(total)
+    products = (as_float32(gy[:, rows]) @ as_float32(W[rows]) for rows in _blocks(*W.shape))
+    return to_float16(functools.reduce(np.add, products))
 
 
 def linear_grad_weight(x: np.ndarray, gy: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -51,6 +50,7 @@ def linear_grad_weight(x: np.ndarray, gy: np.ndarray, dtype: np.dtype) -> np.nda
 
 
 def _blocks(n_rows: int, width: int) -> Iterator[slice]:
+    """At least one, which is empty if there are no rows."""
     step = max(1, _BLOCK_ELEMENTS // max(1, width))
-    for start in range(0, n_rows, step):
+    for start in range(0, max(1, n_rows), step):
         yield slice(start, start + step)

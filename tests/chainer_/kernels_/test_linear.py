@@ -28,7 +28,9 @@ def check(inputs, rng):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("batch,n_in,n_out", [(1, 1, 1), (5, 70, 30), (64, 3, 1), (1, 300, 200), (0, 4, 3)])
+@pytest.mark.parametrize(
+    "batch,n_in,n_out", [(1, 1, 1), (5, 70, 30), (64, 3, 1), (1, 300, 200), (0, 4, 3), (2, 4, 0)]
+)
 def test_products_are_float64_ones_rounded_once(batch, n_in, n_out, has_bias):
     rng = np.random.default_rng(batch)
     inputs = [random(rng, batch, n_in), random(rng, n_out, n_in), random(rng, n_out)]
