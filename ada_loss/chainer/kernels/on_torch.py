@@ -10,6 +10,7 @@ Batch normalization and casts are here for the CPU.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from chainer.functions.normalization.batch_normalization import GeneralBatchNorm
 from chainer.utils.conv import get_conv_outsize
 from torch.nn.grad import conv2d_weight
 
-from ada_loss.casting import cast, to_float16
+from ada_loss.casting import cast, to_float16, to_float32
 from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.dispatch import Hook, Kernel
 from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
@@ -78,9 +79,24 @@ def _shared(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """`_shared`, with float16 in float32."""
-    return _shared(as_float32(array))
+class _Scratch(threading.local):
+    """float32 memory that each thread keeps between calls: systems can take longer to hand out fresh memory
+    than the casts into it do."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray] = {}
+
+    def tensor(self, array: np.ndarray, use: str) -> torch.Tensor:
+        """`_shared`, with float16 in float32; that is valid until the next tensor of the same use."""
+        if array.dtype != np.float16:
+            return _shared(array)
+        kept = self._kept.get(use)
+        if kept is None or kept.size < array.size:
+            kept = self._kept[use] = np.empty(array.size, np.float32)
+        return torch.from_numpy(to_float32(array, kept[: array.size].reshape(array.shape)))
+
+
+_scratch = _Scratch()
 
 
 def _images(*arrays: np.ndarray) -> Iterator[slice]:
@@ -97,10 +113,10 @@ def _map_images(
 ) -> np.ndarray:
     """A function of images, from x to an array of this shape and of x's type."""
     if x.dtype != np.float16:
-        return function(_tensor(x)).contiguous().numpy()
+        return function(_shared(x)).contiguous().numpy()
     y = np.empty(shape, np.float16)
     for images in _images(x, y):
-        to_float16(function(_tensor(x[images])).numpy(), y[images])
+        to_float16(function(_scratch.tensor(x[images], "images")).numpy(), y[images])
     return y
 
 
@@ -112,7 +128,7 @@ def _convolution(node: Any, inputs: Arrays) -> Arrays | None:
         return None
     node._check_input_layouts_all_standard()
     node.retain_inputs((0, 1))
-    weight, bias = _tensor(W), None if b is None else _tensor(b)
+    weight, bias = _scratch.tensor(W, "weight"), None if b is None else _scratch.tensor(b, "bias")
 
     def convolve(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.conv2d(x, weight, bias, *_arguments(geometry))
@@ -126,10 +142,12 @@ def _convolution_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
     if not (_takes_on_cpu(x, gy) or _takes_on_cpu(gy, x)) or not _fits(geometry, x.shape[2:], gy.shape[2:]):
         return None
     node.retain_inputs((0, 1))
-    gradients = (
-        conv2d_weight(_tensor(x[images]), node.W_shape, _tensor(gy[images]), *_arguments(geometry))
-        for images in _images(x, gy)
-    )
+
+    def gradient(images: slice) -> torch.Tensor:
+        inputs, outputs = _scratch.tensor(x[images], "images"), _scratch.tensor(gy[images], "gradients")
+        return conv2d_weight(inputs, node.W_shape, outputs, *_arguments(geometry))
+
+    gradients = map(gradient, _images(x, gy))
     return (cast(functools.reduce(torch.Tensor.add_, gradients).numpy(), node.W_dtype),)
 
 
@@ -142,7 +160,7 @@ def _deconvolution(node: Any, inputs: Arrays) -> Arrays | None:
     if not _fits(geometry, in_size, gy.shape[2:]):
         return None
     node.retain_inputs((0, 1))
-    weight, bias = _tensor(W), None if b is None else _tensor(b)
+    weight, bias = _scratch.tensor(W, "weight"), None if b is None else _scratch.tensor(b, "bias")
 
     def deconvolve(gy: torch.Tensor) -> torch.Tensor:
         return _transposed(gy, weight, bias, geometry, in_size)
@@ -177,7 +195,8 @@ def _batch_normalization(
     if not by_channel or not _takes_on_cpu(x, gamma, beta) or x.size == gamma.size:
         return None
     samples = x.size // gamma.size
-    y, mean, unbiased, inv_std = _normalize(_shared(x), _tensor(gamma), _tensor(beta), eps, samples)
+    parameters = _shared(as_float32(gamma)), _shared(as_float32(beta))
+    y, mean, unbiased, inv_std = _normalize(_shared(x), *parameters, eps, samples)
     if running_mean is not None:
         running_mean *= decay
         running_mean += (1 - decay) * mean
@@ -229,9 +248,9 @@ def _batch_normalization_grad(
     by_channel = _normalizes_channels(implementation, axis, x)
     if not by_channel or not _takes_on_cpu(x, gamma) or gy.dtype != x.dtype:
         return None
-    statistics = None, None, _tensor(mean), _tensor(inv_std)
+    gamma32, *statistics = (_shared(as_float32(array)) for array in (gamma, mean, inv_std))
     gradients = torch.ops.aten.native_batch_norm_backward(
-        _shared(gy), _shared(x), _tensor(gamma), *statistics, True, eps, [True, True, True]
+        _shared(gy), _shared(x), gamma32, None, None, *statistics, True, eps, [True, True, True]
     )
     gx, ggamma, gbeta = (gradient.numpy() for gradient in gradients)
     return gx, None, cast(ggamma, gamma.dtype), cast(gbeta, gamma.dtype)

@@ -1,5 +1,6 @@
 """Convolution and deconvolution, forward and both gradients, under every fast provider."""
 
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import chainer
@@ -211,3 +212,24 @@ def test_deconvolution_finds_its_own_output_size(provider):
     with kernels.using(provider):
         (y,) = node.apply((x, W))
     assert y.shape == (2, 2, 10, 8) and (node.outh, node.outw) == (10, 8)
+
+
+@EACH_PROVIDER
+def test_results_survive_later_calls_and_those_of_other_threads(provider):
+    rng = np.random.default_rng(6)
+    function = convolution({"stride": 1, "pad": 1})
+    cases = [
+        (random(rng, n, 4, 20, 20), random(rng, 5, 4, 3, 3), random(rng, n, 5, 20, 20)) for n in (1, 2, 3, 4)
+    ]
+
+    def results(case):
+        x, W, gy = case
+        y, gradients = run(function, [x, W], gy, provider)
+        return y, *gradients
+
+    expected = [[array.copy() for array in results(case)] for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(results, cases * 8))
+    for case, found in enumerate(actual):
+        for a, e in zip(found, expected[case % len(cases)], strict=True):
+            np.testing.assert_array_equal(a, e)

@@ -215,8 +215,8 @@ def test_torch_casts_under_torch_and_leaves_what_it_cannot_take():
 
 @WITH_TORCH
 def test_torch_works_on_chainers_memory():
-    from ada_loss.chainer.kernels.on_torch import _tensor
+    from ada_loss.chainer.kernels.on_torch import _shared
 
     x = np.zeros((2, 3, 4, 4), np.float32)
-    _tensor(x).add_(1)
+    _shared(x).add_(1)
     assert (x == 1).all()
