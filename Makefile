@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Optional groups of requirements to install as well: make setup GROUPS="torch"
 GROUPS ?=
-# More for pytest: make test ARGS="-k align"
+# More for the program behind a target: make test ARGS="-k align", make results ARGS="--jobs 2"
 ARGS ?=
 
 BIN := .venv/bin
@@ -34,7 +34,7 @@ format: setup ## Bring the code into the style that lint asks for
 	@$(BIN)/ruff format .
 
 results: setup ## Train with every method and several seeds; write results/README.md
-	@$(BIN)/python results/make_results.py
+	@$(BIN)/python results/make_results.py $(ARGS)
 
 clean: ## Remove .venv and the caches; data and results stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

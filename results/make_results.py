@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -117,7 +118,7 @@ def train_all(runs: Sequence[Run], scratch: Path, jobs: int, ranks: int | None) 
 
 def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
     """Train one run, from its newest checkpoint if it was stopped; returns its summary."""
-    launcher = [] if ranks is None else ["mpiexec", "-n", str(ranks)]
+    launcher = [] if ranks is None else [find_mpiexec(), "-n", str(ranks)]
     where = ["--out", str(scratch), "--resume", "auto", "--checkpoint-interval", "250"]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     finished = subprocess.run(
@@ -131,6 +132,15 @@ def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
         raise InputError(f"{run.name} could not be trained: {' '.join(last).removeprefix('error: ')}")
     keep_record(scratch, run.records)
     return f"{run.name}: {finished.stdout.strip().splitlines()[-1]}"
+
+
+def find_mpiexec() -> str:
+    """The launcher beside this Python, where pip puts it, or else the one on the path."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise InputError("--ranks needs mpiexec: install an MPI (pip install mpi4py mpich), or leave it out.")
+    return found
 
 
 def keep_record(scratch: Path, records: Path) -> None:

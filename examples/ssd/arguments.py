@@ -173,6 +173,13 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that there are; None stands for none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class OneSentenceParser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, once, however many ranks read the same command line."""
 
@@ -185,18 +192,18 @@ class OneSentenceParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(
         description="Train SSD with adaptive loss scaling; alone, or on several ranks behind mpiexec -n N.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=MODELS, default="small", help="small trains on two CPU cores")
-    add("--dataset", choices=DATASETS, help="digits for the small model, voc for the others")
+    add("--dataset", choices=DATASETS, help=f"what to train on {_by_model('dataset')}")
     add(
         "--dataset-dir",
         type=Path,
         help="folder with VOC2007 and VOC2012, or where the digits are (made if missing)",
     )
     add("--model-dir", type=Path, help="folder with ImageNet weights; where ChainerCV keeps its models")
-    add("--pretrained", metavar="imagenet|none|PATH", help="initial weights; imagenet for ssd300 and ssd512")
+    add("--pretrained", metavar="imagenet|none|PATH", help=f"initial weights {_by_model('pretrained')}")
     add(
         "--initializer",
         choices=INITIALIZERS,
@@ -236,11 +243,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-uf", type=float, default=1e-3, help="share of a layer's gradients that may underflow")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batchsize", type=count, help="images of an iteration, over all ranks")
-    add("--iteration", type=count, help="number of iterations")
-    add("--lr", type=_positive, help="learning rate")
-    add("--step", type=count, nargs="*", help="iterations after which the learning rate falls to a tenth")
-    add("--warm-up", type=_count_or_zero, help="iterations over which the learning rate rises from a tenth")
+    add("--batchsize", type=count, help=f"images of an iteration, over all ranks {_by_model('batchsize')}")
+    add("--iteration", type=count, help=f"number of iterations {_by_model('iteration')}")
+    add("--lr", type=_positive, help=f"learning rate {_by_model('lr')}")
+    add(
+        "--step",
+        type=count,
+        nargs="*",
+        help="iterations after which the learning rate falls to a tenth (default: four fifths of all for "
+        "small, two thirds and five sixths for the others)",
+    )
+    add(
+        "--warm-up",
+        type=_count_or_zero,
+        help="iterations over which the learning rate rises from a tenth (default: 50 for small, 1000 for "
+        "the others, 0 with their batch size of 32)",
+    )
     add(
         "--loss-norm",
         choices=LOSS_NORMS,
@@ -266,11 +284,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=DEVICES, default="auto", help="auto is a GPU if there is one")
     add("--kernels", choices=PROVIDERS, default="auto", help="what computes convolutions and the like")
     add("--communicator", choices=COMMUNICATORS, default="auto", help="of ChainerMN, behind mpiexec")
-    add("--loaders", type=_count_or_zero, help="processes that prepare images; 0 for none")
+    add(
+        "--loaders",
+        type=_count_or_zero,
+        help=f"processes that prepare images; 0 for none {_by_model('loaders')}",
+    )
     add("--log-interval", type=count, default=20, help="iterations between rows of the log")
     add("--checkpoint-interval", type=count, default=1000, help="iterations between checkpoints")
     add("--tensorboard", action="store_true", help="also write what TensorBoard reads")
     return parser
+
+
+def _by_model(option: str) -> str:
+    small, others = getattr(SMALL_RECIPE, option), getattr(ORIGINAL_RECIPE, option)
+    return f"(default: {small} for small, {others} for the others)"
 
 
 def _check_scaling(settings: Settings) -> None:

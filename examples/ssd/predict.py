@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer)
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from pathlib import Path
 from arguments import share
 from data_voc import read_image
 from datasets import DATASETS
-from detector import DRAWING_THRESH, Detector
+from detector import DRAWING_THRESH, Boxes, Detector
 from drawing import draw_boxes
 from errors import InputError, ends_cleanly
 from saved import load_detector_model, weights_parser
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
 MOST_NAMED = 5
+# Pictures narrower than this are enlarged, or the names of the classes would hide them.
+LEAST_WIDTH = 288
 
 
 @ends_cleanly
@@ -40,10 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, target in zip(paths, targets, strict=True):
         image = read_image(path)
         (boxes,) = detector.detect([image])
-        draw_boxes(image, boxes, names).save(target)
-        best = [f"{names[label]} {score:.2f}" for _, label, score in zip(*boxes, strict=True)][:MOST_NAMED]
-        print(f"{path}: {len(boxes.score)} objects ({', '.join(best)}) -> {target}", flush=True)
+        enlarge = math.ceil(LEAST_WIDTH / image.shape[2])
+        draw_boxes(image, boxes, names, enlarge).save(target)
+        print(f"{path}: {in_words(boxes, names, args.score)} -> {target}", flush=True)
     return 0
+
+
+def in_words(boxes: Boxes, names: Sequence[str], score: float) -> str:
+    """How many objects there are, and the best of them; `score` is the least that was asked for."""
+    best = [f"{names[label]} {sure:.2f}" for _, label, sure in zip(*boxes, strict=True)][:MOST_NAMED]
+    found = len(boxes.score)
+    if not found:
+        return f"no object with a score of {score:g} or more"
+    more = ", ..." if found > MOST_NAMED else ""
+    return f"{found} object{'s' if found > 1 else ''} ({', '.join(best)}{more})"
 
 
 def find_images(given: Iterable[Path]) -> list[Path]:

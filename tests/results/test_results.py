@@ -167,3 +167,15 @@ def test_a_run_that_can_not_be_trained_is_one_sentence(tmp_path, monkeypatch, ca
 def test_tables_without_any_run_are_one_sentence(tmp_path, capsys):
     assert make_results.main(["--folder", str(tmp_path), "--tables-only"]) == 2
     assert "No run of the scale digits has ended yet" in capsys.readouterr().err
+
+
+def test_mpiexec_is_the_one_beside_python_or_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    with pytest.raises(make_results.InputError, match="--ranks needs mpiexec: install an MPI"):
+        make_results.find_mpiexec()
+    for folder in ("path", "bin"):
+        (tmp_path / folder).mkdir()
+        program = tmp_path / folder / "mpiexec"
+        program.touch(mode=0o755)
+        assert make_results.find_mpiexec() == str(program)

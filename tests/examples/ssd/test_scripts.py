@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chainer.serializers import save_npz
+from chainercv.links import SSD300
 from PIL import Image
 from processes import run_script
 
 import demo
 import evaluate
 import predict
+from ada_loss.chainer import kernels
 from data_digits import DIGIT_CLASSES
+from data_voc import VOC_CLASSES, read_image
 from detector import Boxes
 from drawing import draw_boxes, tile
 from models import MODELS, build_model
@@ -49,10 +52,53 @@ def test_predict_draws_files_and_folders(digits, model_file, tmp_path, capsys):
         == 0
     )
     assert sorted(path.name for path in out.iterdir()) == [f"{path.stem}.png" for path in originals]
-    assert capsys.readouterr().out.count("objects") == 3
-    drawn = np.asarray(Image.open(out / f"{originals[2].stem}.png"))
-    assert drawn.shape == (96, 96, 3)
-    assert (drawn != np.asarray(Image.open(originals[2]))).any()
+    assert (
+        len(re.findall(r": \d+ objects? \((\w+ 0\.\d\d(, )?)+(\.\.\.)?\) -> ", capsys.readouterr().out)) == 3
+    )
+    drawn = Image.open(out / f"{originals[2].stem}.png")
+    assert drawn.size == (288, 288), "small images are enlarged"
+    plain = Image.open(originals[2]).resize(drawn.size, Image.Resampling.BICUBIC)
+    assert (np.asarray(drawn) != np.asarray(plain)).any()
+
+
+def test_predict_says_when_nothing_is_sure_enough(digits, model_file, tmp_path, capsys):
+    image = str(digits / "VOC2007" / "JPEGImages" / "000001.jpg")
+    assert predict.main([str(model_file), image, "--out", str(tmp_path), "--score", "0.99"]) == 0
+    assert "000001.jpg: no object with a score of 0.99 or more -> " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def chainercv_model() -> SSD300:
+    """SSD300 as ChainerCV makes it, which is surer of the background than of anything else."""
+    np.random.seed(2)
+    model = SSD300(n_fg_class=20)
+    with kernels.using("numpy"):
+        model(np.zeros((1, 3, 300, 300), np.float32))
+    for head in model.multibox.conf:
+        head.b.array[::21] = 5
+    return model
+
+
+def test_predict_finds_with_chainercvs_weights_what_it_finds(chainercv_model, devkit, tmp_path, capsys):
+    path, score = tmp_path / "ssd300_voc0712_converted.npz", 0.1
+    save_npz(path, chainercv_model, compression=False)
+    image = devkit / "VOC2007" / "JPEGImages" / "test_0.jpg"
+    assert predict.main([str(path), str(image), "--score", str(score), "--out", str(tmp_path)]) == 0
+    chainercv_model.nms_thresh, chainercv_model.score_thresh = 0.45, score
+    with kernels.using("numpy"):
+        _, labels, scores = chainercv_model.predict([read_image(image).astype(np.float32)])
+    best = np.argmax(scores[0])
+    printed = capsys.readouterr().out
+    assert f": {len(scores[0])} objects (" in printed
+    assert f"({VOC_CLASSES[labels[0][best]]} {scores[0][best]:.2f}, " in printed
+
+
+@pytest.mark.slow
+def test_evaluate_takes_chainercvs_weights(chainercv_model, devkit, tmp_path, capsys):
+    path = tmp_path / "ssd300_voc0712_converted.npz"
+    save_npz(path, chainercv_model, compression=False)
+    assert evaluate.main([str(path), "--dataset-dir", str(devkit)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*VOC_CLASSES, "mAP"]
 
 
 @pytest.mark.parametrize(
