@@ -16,8 +16,8 @@ WITH_TORCH = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed"
 EACH_PROVIDER = pytest.mark.parametrize("provider", ["numpy", pytest.param("torch", marks=WITH_TORCH)])
 """Runs a test under every provider that computes float16 in float32."""
 
-FLOAT32_UNIT = 2.0**-24
-"""Largest relative error of one float32 operation."""
+FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53
+"""Largest relative error of one operation."""
 
 Function = Callable[..., chainer.Variable]
 
@@ -48,7 +48,8 @@ def assert_rounded_once(
     """`actual` is `exact` rounded once to its dtype after so many float32 operations.
 
     A sum of n products, in any order, is within n + 1 float32 units of the sum of the products' magnitudes
-    (`magnitude`); rounding to float16 adds half the spacing of float16 there.
+    (`magnitude`); rounding to float16 adds half the spacing of float16 there. Of float64 the operations are
+    float64 ones, on both sides.
     """
     assert actual.shape == exact.shape
     if not actual.size:
@@ -57,6 +58,7 @@ def assert_rounded_once(
     if actual.dtype == np.float16:
         peak = np.maximum(np.abs(actual), np.abs(exact).astype(np.float16))
         spacing = np.spacing(peak).astype(np.float64)
-    bound = spacing / 2 + 1.01 * (operations + 1) * FLOAT32_UNIT * magnitude
+    unit = 2 * FLOAT64_UNIT if actual.dtype == np.float64 else FLOAT32_UNIT
+    bound = spacing / 2 + 1.01 * (operations + 1) * unit * magnitude
     error = np.abs(actual.astype(np.float64) - exact)
     assert (error <= bound).all(), f"largest error in units of the bound: {np.max(error / bound)}"

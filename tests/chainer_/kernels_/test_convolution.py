@@ -56,12 +56,16 @@ def deconvolution(x_size, arguments):
     return lambda *inputs: F.deconvolution_2d(*inputs, outsize=x_size, **given)
 
 
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float16)
+DTYPES = st.sampled_from([np.float16, np.float16, np.float32, np.float64])
+
+
+def random(rng, *shape, dtype=np.float16):
+    return rng.standard_normal(shape).astype(dtype)
 
 
 def check(provider, function, inputs, rng):
-    """Output and all gradients are a float64 computation rounded once, given float32 sums."""
+    """Output and all gradients are a float64 computation rounded once, given float32 sums, or float64 ones of
+    float64."""
     y, _ = in_float64(function, inputs, None)
     gy = random(rng, *y.shape)
     exact, exact_gradients = in_float64(function, inputs, gy)
@@ -76,24 +80,24 @@ def check(provider, function, inputs, rng):
 
 
 @EACH_PROVIDER
-@given(convolutions(), st.booleans(), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
-def test_any_convolution_is_a_float64_one_rounded_once(provider, convolved, has_bias, seed):
+@given(convolutions(), st.booleans(), DTYPES, st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_any_convolution_is_a_float64_one_rounded_once(provider, convolved, has_bias, dtype, seed):
     arguments, x_shape, W_shape = convolved
     rng = np.random.default_rng(seed)
-    inputs = [random(rng, *x_shape), random(rng, *W_shape), random(rng, W_shape[0])]
+    inputs = [random(rng, *shape, dtype=dtype) for shape in (x_shape, W_shape, W_shape[:1])]
     check(provider, convolution(arguments), inputs if has_bias else inputs[:2], rng)
 
 
 @EACH_PROVIDER
-@given(convolutions(), st.booleans(), st.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
-def test_any_deconvolution_is_a_float64_one_rounded_once(provider, convolved, has_bias, seed):
+@given(convolutions(), st.booleans(), DTYPES, st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_any_deconvolution_is_a_float64_one_rounded_once(provider, convolved, has_bias, dtype, seed):
     arguments, x_shape, W_shape = convolved
     rng = np.random.default_rng(seed)
     arguments = {**arguments, "cover_all": False}
     y, _ = in_float64(convolution(arguments), [np.zeros(x_shape), np.zeros(W_shape)], None)
-    inputs = [random(rng, *y.shape), random(rng, *W_shape), random(rng, x_shape[1])]
+    inputs = [random(rng, *shape, dtype=dtype) for shape in (y.shape, W_shape, x_shape[1:2])]
     check(provider, deconvolution(x_shape[2:], arguments), inputs if has_bias else inputs[:2], rng)
 
 
