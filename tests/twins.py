@@ -8,10 +8,17 @@ from typing import Any
 
 import chainer
 import chainer.functions as F
+import chainer.links as L
 import numpy as np
 
 from ada_loss.chainer import AdaLossScaled
-from helpers import assert_same_bits
+from ada_loss.config import TIMINGS
+from helpers import assert_same_bits, dtype, signal_to_noise
+
+STEPS = 2
+
+DECIBEL = 30
+"""The signal-to-noise ratio that rounding leaves of float16 gradients of a few layers."""
 
 Run = Callable[..., chainer.Variable]
 
@@ -23,12 +30,19 @@ def wrapped_copy(link: chainer.Link, **settings: Any) -> AdaLossScaled:
     )
 
 
-def gradients(model: chainer.Link, run: Run, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-    """The loss `run(model, *variables)` and the gradients of the model's parameters and of the variables."""
+def gradients(
+    model: chainer.Link, run: Run, arrays: Sequence[Any], factor: float | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The loss `run(model, *variables)` and the gradients of the model's parameters and of the variables.
+
+    factor: what the loss counts, 1 if None.
+    """
     np.random.seed(0)
     variables = [chainer.Variable(array) for array in arrays]
     model.cleargrads()
     loss = run(model, *variables)
+    if factor is not None:
+        loss.grad = np.full_like(loss.array, factor)
     loss.backward()
     found = {path: _copied(parameter.grad) for path, parameter in model.namedparams()}
     return loss.array, found | {f"input {i}": _copied(x.grad) for i, x in enumerate(variables)}
@@ -39,29 +53,76 @@ def assert_exact(
     arrays: Sequence[Any],
     run: Run | None = None,
     decisions: int | None = None,
+    mixed16: float | None = 2.0**-18,
     **settings: Any,
 ) -> AdaLossScaled:
     """Plain Chainer and a scope give the same loss and gradients; returns the wrapped link.
 
+    They do so step after step, with timing of either kind, and in mixed16 as far as rounding allows.
+
     run: makes a loss of the model and variables; by default a weighted sum of everything that the model
     returns. decisions: how many there have to be, some of them other than 0; at least one by default.
+    mixed16: what the loss counts in mixed16, by default so little that gradients would underflow without a
+    scale; None for functions that Chainer has in float32 only.
     """
     run = run or (lambda model, *xs: weighted_sum(model(*xs)))
-    scaled = wrapped_copy(link, **settings)
-    loss, found = gradients(scaled, run, arrays)
-    expected_loss, expected = gradients(link, run, arrays)
-    np.testing.assert_array_equal(loss, expected_loss)
-    assert_same_bits(found, expected)
+    if mixed16 is not None:
+        assert_close_in_mixed16(link, arrays, run, mixed16, **settings)
+    models = [wrapped_copy(link, **settings, timing=timing) for timing in TIMINGS]
+    for _ in range(STEPS):
+        loss, expected = gradients(link, run, arrays)
+        for model in models:
+            our_loss, found = gradients(model, run, arrays)
+            np.testing.assert_array_equal(our_loss, loss)
+            assert_same_bits(found, expected)
+    scaled = models[0]
     shifts = [decision.shift for decision in scaled.decisions]
     assert any(shifts) if decisions is None else len(shifts) == decisions
     return scaled
+
+
+def assert_close_in_mixed16(
+    link: chainer.Link, arrays: Sequence[Any], run: Run, factor: float, **settings: Any
+) -> None:
+    """A loss that counts `factor` has float32's gradients in a mixed16 copy, up to rounding.
+
+    Gradients that are next to nothing beside others are noise in float32 as well.
+    """
+    narrow, wide = copy.deepcopy(link), copy.deepcopy(link)
+    _to_mixed16(narrow)
+    arrays = [array.astype(np.float16) if array.dtype.kind == "f" else array for array in arrays]
+    models = [wrapped_copy(narrow, **settings, timing=timing) for timing in TIMINGS]
+    for ours, theirs in zip(narrow.params(), wide.params(), strict=True):
+        if ours.array is not None:
+            theirs.array = ours.array.astype(np.float32)
+    for _ in range(STEPS):
+        wide_arrays = [a.astype(np.float32) if a.dtype == np.float16 else a for a in arrays]
+        _, expected = gradients(wide, run, wide_arrays, factor)
+        norms = {path: 0 if g is None else np.linalg.norm(g) for path, g in expected.items()}
+        for model in models:
+            with dtype("mixed16"):
+                _, found = gradients(model, run, arrays, factor)
+            for path, _ in model.namedparams():
+                assert (found[path] is None) == (expected[path] is None), path
+                if norms[path] > 1e-3 * max(norms.values()):
+                    ratio = signal_to_noise(found[path], expected[path])
+                    assert ratio > DECIBEL, (path, ratio)
+
+
+def _to_mixed16(link: chainer.Link) -> None:
+    for child in link.links():
+        kind = np.float32 if isinstance(child, L.BatchNormalization) else np.float16
+        for parameter in child.params(include_uninit=False):
+            if parameter.dtype != kind and parameter.name in child._params:
+                parameter.array = parameter.array.astype(kind)
 
 
 def weighted_sum(results: Any) -> chainer.Variable:
     """A loss that depends on every element of every result in its own way."""
     if isinstance(results, tuple | list):
         return sum(weighted_sum(result) for result in results if result is not None)
-    return F.sum(F.sin(results * 1.25) * _weights(results.shape))
+    wide = F.cast(results, np.float32) if results.dtype == np.float16 else results
+    return F.sum(F.sin(wide * 1.25) * _weights(results.shape))
 
 
 def _weights(shape: tuple[int, ...]) -> Any:

@@ -65,7 +65,7 @@ class BackwardPass:
     def pop(self, node: VariableNode | None) -> InFlight | None:
         """The gradient of a node, which is forgotten here; None where none has arrived."""
         gradients = self._gradients.pop(node, None)
-        return add(gradients) if gradients else None
+        return _total(node, gradients) if gradients else None
 
     def finish(self) -> None:
         """Hand their gradients to the leaves: in flight to parameters that a scope uses, true to others."""
@@ -99,7 +99,7 @@ class BackwardPass:
             self._arrive(node, gx, tag)
         for node in dict.fromkeys(node for node, _ in found):
             if not function.lazy_grad_sum:
-                self._gradients[node] = [add(self._gradients[node], _peaks(tag))]
+                self._gradients[node] = [_total(node, self._gradients[node], _peaks(tag))]
             self._enqueue(node.creator_node)
 
     def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
@@ -118,6 +118,11 @@ class BackwardPass:
         if function is not None and function not in self._seen:
             heapq.heappush(self._waiting, (-function.rank, len(self._seen), function))
             self._seen.add(function)
+
+
+def _total(node: Any, gradients: list[InFlight], peaks: Peaks = largest_magnitudes) -> InFlight:
+    """The sum of a variable's gradients; that of a parameter, which has no room to spare, in float32."""
+    return add(gradients, peaks, wide=isinstance(node.get_variable_or_none(), chainer.Parameter))
 
 
 def _take_present(leaf: VariableNode) -> list[InFlight]:

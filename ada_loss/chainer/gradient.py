@@ -66,13 +66,20 @@ def align(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> t
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
 
-def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> InFlight:
-    """The sum of gradients in flight, aligned and added from left to right as Chainer adds them."""
+def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wide: bool = False) -> InFlight:
+    """The sum of gradients in flight, aligned and added from left to right as Chainer adds them.
+
+    wide: whether a sum of float16 gradients stays float32.
+    """
     if len(gradients) == 1:
         return gradients[0]
+    dtype = gradients[0].array.dtype
+    widest = np.promote_types(dtype, np.float32)
+    if wide:
+        dtype = widest
+        gradients = [InFlight(cast(array, dtype), exponent) for array, exponent in gradients]
     arrays, exponent = align(gradients, peaks)
-    dtype = arrays[0].dtype
-    total, *rest = (cast(array, np.promote_types(dtype, np.float32)) for array in arrays)
+    total, *rest = (cast(array, widest) for array in arrays)
     for array in rest:
         total = total + array
     return InFlight(cast(module_of(arrays[0]).asarray(total), dtype), exponent)

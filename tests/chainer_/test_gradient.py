@@ -104,3 +104,14 @@ def test_an_array_without_axes_stays_an_array():
     total = add([InFlight(array, 0), InFlight(array, 1)])
     assert isinstance(total.array, np.ndarray)
     assert total.array * 2.0**-total.exponent == 4.5
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_wide_sum_of_float16_overflows_at_no_exponent(rng, dtype):
+    parts = [rng.uniform(0.25, 0.5, 9).astype(np.float16) for _ in range(40)]
+    total = InFlight(np.ldexp(parts[0], 16).astype(dtype), 16)
+    for exponent, part in enumerate(parts[1:]):
+        total = add([total, InFlight(np.ldexp(part, exponent % 3 + 14), exponent % 3 + 14)], wide=True)
+        assert total.array.dtype == np.float32
+    expected = np.sum([part.astype(np.float64) for part in parts], axis=0)
+    np.testing.assert_allclose(np.ldexp(total.array, -total.exponent), expected, rtol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.gradient import InFlight, add
 from ada_loss.chainer.recorder import LinkPaths, Site
-from ada_loss.config import AdaLossConfig
+from ada_loss.config import TIMINGS, AdaLossConfig
 from helpers import assert_same_bits, dtype, plain_gradients, scoped_gradients
 from twins import wrapped_copy
 
@@ -272,3 +272,21 @@ def test_the_engine_may_be_reloaded(rng):
         importlib.reload(backward).install()
     assert_same_bits(plain_gradients(link, lambda model: F.sum(model(x) ** 2)), expected)
     assert_same_bits(scoped_gradients(AdaLossScaled(link), lambda model: F.sum(model(x) ** 2)), expected)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_gradients_of_a_weight_that_is_used_at_every_step_of_time_do_not_overflow_as_they_are_added(
+    rng, timing
+):
+    with dtype("mixed16"):
+        model = AdaLossScaled(chainer.Chain(layer=L.LSTM(4, 4)), timing=timing)
+    optimizer = prepare(chainer.optimizers.Adam().setup(model))
+
+    def loss():
+        model.layer.reset_state()
+        return sum(F.sum(F.cast(y, np.float32) ** 2) for y in model(rng.standard_normal((20, 3, 4))))
+
+    model.link.forward = lambda xs: [model.layer(x.astype(np.float16)) for x in xs]
+    for _ in range(8):
+        optimizer.update(loss)
+    assert optimizer.overflow.skipped == 0

@@ -180,10 +180,10 @@ class TestWhatALinkKeeps:
         def run(model, x):
             loss = model(x, t)
             assert float(model.accuracy.array) <= 1
-            return loss + 0.1 * F.sum(model.y**2) + model.loss * 2
+            return loss + F.cast(0.1 * F.sum(model.y**2) + model.loss * 2, np.float32)
 
         link = L.Classifier(Two(lambda m, x: m.b(F.relu(m.a(x)))))
-        assert_exact(link, [draw(rng)], run, decisions=2)
+        assert_exact(link, [draw(rng)], run, decisions=2, mixed16=1)
 
     def test_something_inside_may_be_used_outside(self, rng):
         def compute(m, x):
@@ -194,7 +194,7 @@ class TestWhatALinkKeeps:
             y = model(x)
             return weighted_sum(y) + weighted_sum(F.sin(model.kept))
 
-        assert_exact(Two(compute), [draw(rng)], run, decisions=2)
+        assert_exact(Two(compute), [draw(rng)], run, decisions=2, mixed16=1)
 
     def test_the_input(self, rng):
         def compute(m, x):
@@ -223,7 +223,7 @@ class TestWhatALinkKeeps:
             model.layer.set_state(F.sin(c), F.sin(h))
             return weighted_sum(model(x)) + weighted_sum(model.layer.c)
 
-        assert_exact(Recurrent(), [draw(rng) for _ in range(3)], run)
+        assert_exact(Recurrent(), [draw(rng) for _ in range(3)], run, mixed16=1)
 
     def test_state_that_is_detached_between_stretches_of_time(self, rng):
         # Truncated backpropagation through time: backward, then unchain, then go on from the values.
@@ -238,7 +238,7 @@ class TestWhatALinkKeeps:
                     loss = 0
             return loss
 
-        assert_exact(Recurrent(), [draw(rng) for _ in range(6)], run)
+        assert_exact(Recurrent(), [draw(rng) for _ in range(6)], run, mixed16=1)
 
     def test_state_that_is_detached_before_backward(self, rng):
         def run(model, *xs):
