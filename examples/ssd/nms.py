@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# Overlaps are computed for some boxes ahead, as many as make about so many numbers.
+BLOCK = 2**16
+
 
 def non_maximum_suppression(
     bbox: np.ndarray, thresh: float, score: np.ndarray | None = None, limit: int | None = None
@@ -35,28 +38,35 @@ def suppress(
         groups: which group (class) it belongs to, int (N,).
         limit: stop after so many.
     """
-    alive = [np.ones(len(bbox), dtype=bool) for _ in range(groups.max(initial=-1) + 1)]
+    alive = np.ones((groups.max(initial=-1) + 1, len(bbox)), dtype=bool)
+    ahead = max(1, BLOCK // max(1, len(bbox)))
+    corners = np.ascontiguousarray(bbox.T)
     apart: dict[int, np.ndarray] = {}
     kept: list[int] = []
-    corners = np.ascontiguousarray(bbox.T)
-    # Empty boxes, and boxes that are not finite, overlap nothing.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area = (corners[2] - corners[0]) * (corners[3] - corners[1])
-        for position, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
-            if alive[group][row]:
-                kept.append(position)
-                if len(kept) == limit:
-                    break
-                if row not in apart:
-                    apart[row] = ~(_overlaps(corners, area, row) >= thresh)
-                alive[group] &= apart[row]
+    for position, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
+        if alive[group, row]:
+            kept.append(position)
+            if len(kept) == limit:
+                break
+            if row not in apart:
+                near = slice(position, position + ahead)
+                living = rows[near][alive[groups[near], rows[near]]].tolist()
+                due = [due for due in dict.fromkeys(living) if due not in apart]
+                apart.update(zip(due, ~(_overlaps(corners, due) >= thresh), strict=True))
+            alive[group] &= apart[row]
     return np.array(kept, dtype=int)
 
 
-def _overlaps(corners: np.ndarray, area: np.ndarray, row: int) -> np.ndarray:
-    """Intersection over union of one box with all, (R,), given coordinates (4, R) and areas (R,)."""
+def _overlaps(corners: np.ndarray, rows: list[int]) -> np.ndarray:
+    """Intersection over union of some boxes with all, (len(rows), R), given coordinates (4, R).
+
+    Empty boxes, and boxes that are not finite, overlap nothing.
+    """
     y_min, x_min, y_max, x_max = corners
-    height = np.minimum(y_max, y_max[row]) - np.maximum(y_min, y_min[row])
-    width = np.minimum(x_max, x_max[row]) - np.maximum(x_min, x_min[row])
-    common = height * width * ((height > 0) & (width > 0))
-    return common / (area[row] + area - common)
+    top, left, bottom, right = corners[:, rows, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area = (y_max - y_min) * (x_max - x_min)
+        height = np.minimum(y_max, bottom) - np.maximum(y_min, top)
+        width = np.minimum(x_max, right) - np.maximum(x_min, left)
+        common = height * width * ((height > 0) & (width > 0))
+        return common / (area[rows, None] + area - common)
