@@ -33,7 +33,7 @@ from ada_loss.chainer.kernels.patches import Geometry
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
-_IMAGES_ELEMENTS = 1 << 23
+_IMAGES_ELEMENTS = 1 << 20
 """Elements of input and output that are in float32 at a time."""
 
 
