@@ -183,7 +183,7 @@ def _gradients(
     if tag is not None and tag.point is not None and gys[0] is not None:
         found = _decided(function, targets, gys[0], exponent, tag)
     plain = tuple(index for index in targets if index not in found)
-    if tag is not None and tag.scope.scales_sums(tag.point):
+    if tag is not None and tag.scope.scales_sums(tag.point) and _communicator(function) is None:
         gxs, exponent = gradients_in_range(function, plain, gys, exponent)
     else:
         gxs = backward_arrays(function, plain, gys)
@@ -234,7 +234,7 @@ def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -
             f"{function.label} sends gradients to other processes, which know nothing of their scale: "
             "keep it outside AdaLossScaled."
         )
-    communicator = getattr(getattr(function, "_impl_selector", None), "comm", None)
+    communicator = _communicator(function)
     if communicator is None or gys[0] is None:
         return gys, exponent
     # MPI is needed only here.
@@ -242,6 +242,11 @@ def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -
 
     agreed = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
     return (agreed.array, *gys[1:]), agreed.exponent
+
+
+def _communicator(function: Any) -> Any:
+    """That of a function which averages over processes, in which all of them take part equally often."""
+    return getattr(getattr(function, "_impl_selector", None), "comm", None)
 
 
 def _true(gradient: InFlight) -> Any:

@@ -61,7 +61,7 @@ def align(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> t
     """
     exponents = {gradient.exponent for gradient in gradients}
     target = max(exponents)
-    if len(exponents) > 1 or (len(gradients) > 1 and gradients[0].array.dtype == np.float16):
+    if len(exponents) > 1 or (len(gradients) > 1 and any(g.array.dtype == np.float16 for g in gradients)):
         target = _safe_exponent(gradients, peaks(gradients), target)
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
@@ -86,7 +86,8 @@ def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wid
 
 
 def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: int) -> int:
-    limit = float(np.finfo(gradients[0].array.dtype).max)
+    # Gradients that are aligned without being added may be of several types.
+    limit = min(float(np.finfo(dtype).max) for dtype in {gradient.array.dtype for gradient in gradients})
     present = [(peak, g.exponent) for peak, g in zip(peaks, gradients, strict=True) if peak]
     smallest = min((exponent for _, exponent in present), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.

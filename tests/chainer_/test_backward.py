@@ -685,3 +685,18 @@ class TestBoundary:
         scaled = wrapped_copy(Graph(lambda m, x: m.b(chainermn.functions.bcast(communicator, m.a(x)))))
         with pytest.raises(RuntimeError, match="Bcast.*outside AdaLossScaled"):
             weighted_sum(scaled(draw(rng))).backward()
+
+    def test_a_function_that_averages_over_processes_is_not_computed_again(self, rng, monkeypatch):
+        # Where a sum overflows in one process only, the others would not take part in a second average.
+        chainermn = pytest.importorskip("chainermn")
+        pytest.importorskip("mpi4py")
+        communicator, averaged = chainermn.create_communicator("naive"), []
+        with dtype("float16"):
+            norm = chainermn.links.MultiNodeBatchNormalization(4, communicator)
+            link = Graph(lambda m, x: norm(m.a(x)))
+        norm.gamma.array = norm.gamma.array.astype(np.float16)
+        scaled = wrapped_copy(link)
+        y = scaled(draw(rng, 2000, 4).astype(np.float16))
+        monkeypatch.setattr(communicator, "_multi_node_mean", lambda *_: averaged.append(1))
+        F.sum(y).backward()
+        assert averaged == [1]

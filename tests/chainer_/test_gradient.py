@@ -115,3 +115,13 @@ def test_a_wide_sum_of_float16_overflows_at_no_exponent(rng, dtype):
         assert total.array.dtype == np.float32
     expected = np.sum([part.astype(np.float64) for part in parts], axis=0)
     np.testing.assert_allclose(np.ldexp(total.array, -total.exponent), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradients_of_different_types_are_aligned_within_the_range_of_each(place):
+    # As where F.forget returns a float16 result and its cast to float32.
+    gradients = [InFlight(np.float16([1000.0]), 0), InFlight(np.float32([1e5]), 20)]
+    arrays, exponent = align([gradients[place], gradients[1 - place]])
+    assert [np.ldexp(float(array.item()), -exponent) for array in arrays] == [
+        np.ldexp(float(g.array.item()), -g.exponent) for g in (gradients[place], gradients[1 - place])
+    ]
