@@ -60,14 +60,16 @@ def rounded_down(scale):
 @pytest.mark.parametrize("n_uf", [1e-2, 1e-3])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize(("gy_scale", "weight_scale"), [(1e-4, 1e-4), (7e-6, 3e-3), (3e-3, 1e-6)])
-def test_approx_range_lets_about_the_promised_share_underflow(n_uf, mask, gy_scale, weight_scale):
+def test_approx_range_lets_at_most_the_promised_share_underflow_and_not_much_less(
+    n_uf, mask, gy_scale, weight_scale
+):
     rng = np.random.default_rng(0)
     gy, weight = gaussian_layer(rng, gy_scale=gy_scale, weight_scale=weight_scale, mask=mask)
     config = unbounded("approx_range", n_uf=n_uf)
     shift = shift_of(config, gy, weight, fan=128)
     share = share_of_zeros(exact_input_gradient(gy, weight), shift)
     assert shift > 0
-    assert n_uf / 5 < share < 1.05 * n_uf
+    assert n_uf / 5 < share <= n_uf
 
 
 def test_approx_range_follows_its_formula():
@@ -81,14 +83,16 @@ def test_approx_range_follows_its_formula():
         assert shift_of(unbounded("approx_range", n_uf=n_uf), gy, weight, fan=128) == expected
 
 
-def test_approx_range_covers_a_convolution_by_its_fan():
+@pytest.mark.parametrize("n_uf", [1e-2, 1e-3])
+@pytest.mark.parametrize("gy_scale", [1e-5, 1e-4, 1e-3])
+def test_approx_range_covers_a_convolution_by_its_fan(n_uf, gy_scale):
     rng = np.random.default_rng(2)
-    gy = (rng.normal(size=(2, 16, 40, 40)) * 1e-4).astype(np.float16)
+    gy = (rng.normal(size=(2, 16, 40, 40)) * gy_scale).astype(np.float16)
     weight = (rng.normal(size=(16, 8, 3, 3)) * 1e-4).astype(np.float16)
     windows = np.lib.stride_tricks.sliding_window_view(gy.astype(np.float64), (3, 3), axis=(2, 3))
-    exact = np.einsum("nohwyx,oiyx->nihw", windows, weight[:, :, ::-1, ::-1].astype(np.float64))
-    shift = shift_of(unbounded("approx_range", n_uf=1e-2), gy, weight, fan=16 * 9)
-    assert 1e-2 / 5 < share_of_zeros(exact, shift) < 1.2e-2
+    exact = np.tensordot(windows, weight[:, :, ::-1, ::-1].astype(np.float64), ((1, 4, 5), (0, 2, 3)))
+    shift = shift_of(unbounded("approx_range", n_uf=n_uf), gy, weight, fan=16 * 9)
+    assert n_uf / 5 < share_of_zeros(exact, shift) <= n_uf
 
 
 def test_a_wanted_share_needs_less_scale_the_larger_it_is():

@@ -2,12 +2,15 @@
 
 import chainer
 import chainer.functions as F
+import chainer.links as L
 import numpy as np
 import pytest
 from chainer.functions.connection.linear import LinearFunction
 
+from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.decisions import carried_in_float16, input_gradient, is_decision, products_of
 from ada_loss.chainer.gradient import shifted
+from ada_loss.config import TIMINGS
 from ada_loss.formats import FLOAT16
 
 PRODUCTS = {
@@ -140,3 +143,37 @@ def test_float16_weights_carry_of_a_shift_what_is_exact(shift, size, rng):
     scaled = shifted(weight, carried)
     np.testing.assert_array_equal(scaled.astype(np.float64), np.ldexp(weight.astype(np.float64), carried))
     assert carried == shift or shift < 0 or 2 * np.abs(scaled.astype(np.float64)).max() > FLOAT16.max
+
+
+class Seeing(chainer.FunctionHook):
+    """Keeps the gradients that arrive at functions of a label."""
+
+    def __init__(self, label):
+        self.label, self.seen = label, []
+
+    def backward_preprocess(self, function, in_data, gys):
+        if function.label == self.label:
+            self.seen.append(gys[0])
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("power", [-8, -14, -20])
+def test_in_a_network_approx_range_lets_at_most_the_promised_share_of_gx_underflow(power, timing, rng):
+    # The loss is linear, so that the last layer's gy is Gaussian, and behind a ReLU half of it is zero. The
+    # weights are so small that gx has to be scaled up, whatever the cast at the end did.
+    n_uf, small = 1e-2, chainer.initializers.Normal(2.0**-12)
+    with chainer.using_config("dtype", np.dtype(np.float16)):
+        link = chainer.Sequential(L.Linear(64, 64), F.sigmoid, L.Linear(64, 256, initialW=small), F.relu)
+    model = AdaLossScaled(
+        link, "approx_range", n_uf=n_uf, timing=timing, scale_upper_bound=None, accum_upper_bound=None
+    )
+    x, factors = rng.standard_normal((500, 64)).astype(np.float16), rng.standard_normal((500, 256))
+    for _ in range(2):
+        y = model(chainer.Variable(x))
+        with Seeing("Sigmoid") as hook:
+            (F.sum(y * factors.astype(np.float32)) * 2.0**power).backward()
+    masked = (factors * (y.array > 0) * 2.0**power).astype(np.float64)
+    exact = masked @ link[2].W.array.astype(np.float64)
+    (gx,) = hook.seen
+    assert gx.dtype == np.float16
+    assert n_uf / 10 < np.mean((gx == 0)[exact != 0]) <= n_uf

@@ -99,6 +99,21 @@ def test_a_container_has_plain_chainers_gradients(name, rng):
     assert paths == {*CONTAINERS[name][1]} | ({"/"} if name == "own parameter" else set())
 
 
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_files_of_a_plain_container_load_into_the_transformed_one_and_back(name, tmp_path):
+    plain, scaled, again = (CONTAINERS[name][0]() for _ in range(3))
+    scaled = AdaLossScaled(scaled)
+    chainer.serializers.save_npz(tmp_path / "plain.npz", plain)
+    chainer.serializers.load_npz(tmp_path / "plain.npz", scaled)
+    chainer.serializers.save_npz(tmp_path / "scaled.npz", scaled)
+    chainer.serializers.load_npz(tmp_path / "scaled.npz", again)
+    for (path, first), (_, second), (_, third) in zip(
+        *(sorted(link.namedparams()) for link in (plain, scaled, again)), strict=True
+    ):
+        np.testing.assert_array_equal(second.array, first.array, err_msg=path)
+        np.testing.assert_array_equal(third.array, first.array, err_msg=path)
+
+
 def test_a_transform_again_changes_nothing(rng):
     link = Listed()
     first, _ = transform(link)
