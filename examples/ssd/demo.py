@@ -25,7 +25,7 @@ from saved import load_detector_model
 from training import RESULT_FILE, WEIGHTS_FILE
 
 OUT = Path(__file__).resolve().parent / "out" / "demo"
-TRAINING = ("--model", "small", "--dtype", "mixed16", "--loss-scale-method", "approx_range")
+TRAINING = ("--model", "small", "--dtype", "mixed16", "--loss-scale-method", "auto")
 # Boxes less sure than this are left out of the picture.
 SCORE = 0.5
 COLUMNS, ROWS, ENLARGEMENT = 4, 3, 3
