@@ -26,7 +26,7 @@ _OF_SMALLEST = ("abs_range", "element_wise_range")
 """The rules that look at the smallest magnitudes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """What a rule knows of a layer, in Python numbers.
 
@@ -103,7 +103,7 @@ class Measurement:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BegunMeasurement:
     """A measurement whose figures a GPU may still compute; fields as in `Measurement`."""
 

@@ -29,7 +29,7 @@ DOT = 1 << 13
 """Elements of one dot product."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Statistics of an array; where `finite` is False, the other figures mean nothing.
 

@@ -26,7 +26,7 @@ _UNDECIDED = -1
 """In place of a back-off: the shift is not that of the measurement yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """A shift as it was last chosen, for a gradient that carried `exponent`.
 
