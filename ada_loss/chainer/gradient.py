@@ -87,7 +87,8 @@ def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wid
 
 def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: int) -> int:
     # Gradients that are aligned without being added may be of several types.
-    limit = min(float(np.finfo(dtype).max) for dtype in {gradient.array.dtype for gradient in gradients})
+    limits = {float(np.finfo(gradient.array.dtype).max) for gradient in gradients}
+    limit = min(limits)
     present = [(peak, g.exponent) for peak, g in zip(peaks, gradients, strict=True) if peak]
     smallest = min((exponent for _, exponent in present), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.
@@ -95,4 +96,7 @@ def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: i
     if not total or not math.isfinite(total):
         return largest
     room = -math.frexp(total / limit)[1]
+    if len(limits) == 1:
+        # None of so many can be larger than the limit, whatever is taken for their peaks.
+        room = max(room, -(len(gradients) - 1).bit_length())
     return min(largest, smallest + max(room - HEADROOM, min(room, 0)))

@@ -8,6 +8,7 @@ import pytest
 from chainer import link_hooks
 
 from ada_loss.chainer import AdaLossScaled
+from ada_loss.config import TIMINGS
 from helpers import assert_same_bits, dtype, signal_to_noise
 from twins import assert_exact, gradients, weighted_sum, wrapped_copy
 
@@ -284,6 +285,22 @@ class TestRetainedGradients:
         for ours, plain in zip(*found[::-1], strict=True):
             np.testing.assert_array_equal(ours, plain)
 
+    def test_in_float16_are_the_true_ones(self, rng):
+        def combine(m, x):
+            m.kept = F.relu(m.a(x))
+            return m.b(m.kept) + m.c(m.kept)
+
+        with dtype("mixed16"):
+            link = Graph(combine)
+        wide = Graph(combine)
+        wide.copyparams(link)
+        x, found = draw(rng).astype(np.float16), []
+        for model, data in ((wrapped_copy(link), x), (wide, x.astype(np.float32))):
+            weighted_sum(model(data)).backward(retain_grad=True)
+            found.append(model.kept.grad)
+        assert found[0].dtype == np.float16
+        assert signal_to_noise(*found) > 45
+
     def test_are_not_kept_otherwise(self, rng):
         def combine(m, x):
             m.kept = m.a(x)
@@ -423,6 +440,29 @@ class TestForget:
         _, expected = gradients(link, lambda model, x: weighted_sum(model(x)), [x])
         assert_same_bits(found, expected)
 
+    @pytest.mark.parametrize("timing", TIMINGS)
+    @pytest.mark.parametrize("interval", [1, 3])
+    def test_gradients_are_right_where_a_forgotten_layer_shares_a_site(self, interval, timing, rng):
+        # Gradients are cleared between forward and backward, as optimizers do it. With that the count of calls
+        # starts anew, so that the layer has the site of its first use when it is recomputed. Between updates,
+        # or with delayed timing, it then has the shift of the other: one that may be worse than its own, but
+        # is divided out all the same.
+        def combine(m, x):
+            return F.forget(lambda h: 0.001 * m.a(h), F.tanh(m.a(x))) + x
+
+        link = Graph(combine)
+        reference = Graph(lambda m, x: 0.001 * m.a(F.tanh(m.a(x))) + x)
+        reference.copyparams(link)
+        scaled = wrapped_copy(link, update_per_n_iteration=interval, timing=timing)
+        for _ in range(3):
+            x = draw(rng)
+            for model in (scaled, reference):
+                loss = weighted_sum(model(x))
+                model.cleargrads()
+                loss.backward()
+            assert {decision.site.call for decision in scaled.decisions} == {0}
+            assert_same_bits({"W": scaled.a.W.grad}, {"W": reference.a.W.grad})
+
     def test_several_inputs_and_outputs(self, rng):
         def combine(m, x, y):
             return F.forget(lambda p, q: (m.a(p) * q, m.b(q), p), x, m.c(y))
@@ -538,6 +578,16 @@ class TestOtherWaysToDifferentiate:
             return weighted_sum(model(x))
 
         exact(rng, self.combine, run, mixed16=1)
+
+    def test_chainer_grad_in_mixed16_is_chainers_without_a_scale(self, rng):
+        with dtype("mixed16"):
+            link = Graph(self.combine)
+        found = []
+        for model in (link, wrapped_copy(link, output_dtype=None)):
+            x = chainer.Variable(draw(np.random.default_rng(5)).astype(np.float16))
+            found.append([g.array for g in chainer.grad([weighted_sum(model(x))], [x, model.a.W])])
+        for ours, plain in zip(*found, strict=True):
+            np.testing.assert_array_equal(ours, plain)
 
     def test_differentiating_twice_is_chainers(self, rng):
         link = Graph(lambda m, x: m.b(F.tanh(m.a(x))))
@@ -658,6 +708,40 @@ class TestBoundary:
         for path, gradient in found["auto"].items():
             if expected[path].any():
                 assert signal_to_noise(gradient, expected[path]) > 50, path
+
+    @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+    def test_auto_computes_sums_that_overflow_again_for_any_results_that_are_used(self, used, rng):
+        class Spread(chainer.FunctionNode):
+            """Its input for many rows, and its double."""
+
+            def forward(self, inputs):
+                (x,) = inputs
+                return np.repeat(x, 4000, axis=0), np.repeat(2 * x, 4000, axis=0)
+
+            def backward(self, targets, gys):
+                sums = [n * F.sum(gy, axis=0, keepdims=True) for n, gy in enumerate(gys, 1) if gy is not None]
+                return (sum(sums),)
+
+        def combine(m, x):
+            results = Spread().apply((F.tanh(m.a(x)),))
+            return [results[place] for place in used]
+
+        with dtype("float16"):
+            link = Graph(combine)
+        wide = Graph(combine)
+        wide.copyparams(link)
+        x = draw(rng, 1, 4).astype(np.float16)
+        scaled = wrapped_copy(link, init_scale=64)
+        scaled.cleargrads()
+        with TestHooks.Noting() as hook:
+            sum(F.sum(y) for y in scaled(x)).backward()
+        expected = gradients(wide, lambda model, x: sum(F.sum(y) for y in model(x)), [x.astype(np.float32)])[
+            1
+        ]
+        assert signal_to_noise(scaled.a.W.grad, expected["/a/W"]) > 45
+        # Hooks are called once for each function all the same.
+        calls = [call[:2] for call in hook.calls]
+        assert calls.count(("before", "Spread")) == calls.count(("after", "Spread")) == 1
 
     def test_an_overflow_stays_visible(self, rng):
         with dtype("mixed16"):
