@@ -443,10 +443,10 @@ class TestForget:
     @pytest.mark.parametrize("timing", TIMINGS)
     @pytest.mark.parametrize("interval", [1, 3])
     def test_gradients_are_right_where_a_forgotten_layer_shares_a_site(self, interval, timing, rng):
-        # Gradients are cleared between forward and backward, as optimizers do it. With that the count of calls
-        # starts anew, so that the layer has the site of its first use when it is recomputed. Between updates,
-        # or with delayed timing, it then has the shift of the other: one that may be worse than its own, but
-        # is divided out all the same.
+        # Gradients are cleared between forward and backward, as optimizers do it. The count of calls starts
+        # anew then, so that the layer has the site of its first use as it is recomputed. Between updates, or
+        # with delayed timing, it has the shift of the other: one that may be worse than its own, but is
+        # divided out all the same.
         def combine(m, x):
             return F.forget(lambda h: 0.001 * m.a(h), F.tanh(m.a(x))) + x
 
