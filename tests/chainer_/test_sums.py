@@ -158,3 +158,57 @@ def test_gradients_of_computed_weights_have_room_for_what_follows(factor):
     assert optimizer.overflow.skipped < 16
     expected = np.broadcast_to(factor * x.astype(np.float64).sum(axis=0), (6, 8))
     np.testing.assert_allclose(model.true_gradients()["/W"], expected, rtol=2e-3)
+
+
+def of_parameter(function, shape):
+    """A link that gives its parameter, and ones, to a function."""
+
+    class Function(chainer.Link):
+        def __init__(self):
+            super().__init__()
+            with self.init_scope():
+                self.p = chainer.Parameter(chainer.initializers.Uniform(0.5), shape)
+
+        def forward(self, x):
+            return function(self.p, x)
+
+    return Function
+
+
+ROWS = 6000
+
+MANY = {
+    "embedding": lambda: L.EmbedID(3, 4),
+    "picked rows": of_parameter(lambda p, x: p[np.zeros(ROWS, int)], (3, 4)),
+    "repeated rows": of_parameter(lambda p, x: F.repeat(p, ROWS, axis=0), (1, 4)),
+    "broadcast": of_parameter(lambda p, x: F.broadcast_to(p, (ROWS, 4)), (1, 4)),
+    "factor": of_parameter(lambda p, x: x * p, (1, 4)),
+    "prelu": lambda: L.PReLU((4,)),
+    "swish": lambda: L.Swish((4,)),
+    "scale": lambda: L.Scale(1, (4,), bias_term=True),
+    "group normalization": lambda: L.GroupNormalization(2, 4),
+    "layer normalization": lambda: L.LayerNormalization(4),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_sums_of_more_equal_numbers_than_float16_can_count_are_right(name, provider, rng):
+    if provider == "chainer":
+        pytest.skip("Chainer adds in float16")
+    with chainer.using_config("dtype", np.dtype(np.float16)):
+        link = MANY[name]()
+    wide = link.copy("copy")
+    for parameter in wide.params():
+        parameter.array = parameter.array.astype(np.float64)
+    shape = (ROWS,) if name == "embedding" else (ROWS, 4)
+    x = np.zeros(shape, np.int32) if name == "embedding" else -rng.uniform(1, 1.1, shape).astype(np.float16)
+    scaled = AdaLossScaled(link)
+    for model, data in ((scaled, x), (wide, x if x.dtype.kind == "i" else x.astype(np.float64))):
+        model.cleargrads()
+        F.sum(model(data)).backward()
+    for path, parameter in wide.namedparams():
+        # What cancels in a normalization is as good as its terms.
+        tolerance = 1e-2 * ROWS * (path == "/gamma")
+        np.testing.assert_allclose(
+            scaled.true_gradients()[path], parameter.grad, rtol=2e-3, atol=tolerance, err_msg=path
+        )

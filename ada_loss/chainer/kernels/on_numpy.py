@@ -13,20 +13,26 @@ import chainer
 import numpy as np
 from chainer.backends import cuda
 from chainer.functions.activation.log_softmax import LogSoftmax, LogSoftmaxGrad
+from chainer.functions.activation.prelu import PReLUFunctionGrad
 from chainer.functions.activation.relu import ReLU, ReLUGrad2
 from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
 from chainer.functions.activation.softmax import Softmax, _SoftmaxGrad
+from chainer.functions.activation.swish import SwishGrad
 from chainer.functions.activation.tanh import Tanh, TanhGrad
+from chainer.functions.array.get_item import GetItemGrad
+from chainer.functions.array.repeat import RepeatGrad
 from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
 from chainer.functions.connection.convolution_nd import ConvolutionND, ConvolutionNDGradW
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
+from chainer.functions.connection.embed_id import EmbedIDGrad
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
 from chainer.functions.math.basic_math import Add, AddConstant, Div, Mul, MulConstant, Sub
 from chainer.functions.math.matmul import MatMul
 from chainer.functions.math.matmul import _matmul as chainers_matmul
 from chainer.functions.math.sum import Sum, SumTo
 from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
+from chainer.functions.normalization.group_normalization import _ScaleShiftGrad
 from chainer.functions.normalization.l2_normalization import NormalizeL2
 from chainer.functions.pooling.average_pooling_2d import AveragePooling2D, AveragePooling2DGrad
 from chainer.functions.pooling.max_pooling_nd import MaxPoolingND, MaxPoolingNDGrad
@@ -217,6 +223,25 @@ def _through_float32(name: str) -> Kernel:
     return kernel
 
 
+def _adding_in_float32(name: str) -> Kernel:
+    """A kernel that has Chainer's own method of this name add up in float32 the float16 arrays among its
+    inputs; results are float16. In float16 a sum of equal numbers ends at the 2048th."""
+
+    def kernel(node: Any, inputs: Arrays) -> Arrays | None:
+        if not any(map(is_float16, inputs)):
+            return None
+        return tuple(map(to_float16, getattr(node, name)(tuple(map(as_float32, inputs)))))
+
+    return kernel
+
+
+def _get_item_grad(node: Any, inputs: Arrays) -> Arrays | None:
+    # Only arrays of indexes can name an element more than once.
+    if not any(isinstance(index, (np.ndarray, list)) for index in node.slices):
+        return None
+    return _adding_in_float32("forward")(node, inputs)
+
+
 def _convolution_nd_grad_weight(node: Any, inputs: Arrays) -> Arrays | None:
     x, gy = inputs
     if not (takes(x, gy) or takes(gy, x)):
@@ -293,6 +318,12 @@ KERNELS: dict[Hook, Kernel] = {
     (_SoftmaxGrad, "forward"): _through_float32("forward"),
     (LogSoftmax, "forward"): _through_float32("forward"),
     (LogSoftmaxGrad, "forward"): _through_float32("forward"),
+    (EmbedIDGrad, "forward"): _adding_in_float32("forward"),
+    (GetItemGrad, "forward"): _get_item_grad,
+    (RepeatGrad, "forward"): _adding_in_float32("forward"),
+    (PReLUFunctionGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
+    (SwishGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
+    (_ScaleShiftGrad, "forward"): _adding_in_float32("forward"),
     (MaxPoolingND, "forward_cpu"): _max_pooling,
     (MaxPoolingNDGrad, "forward_cpu"): _max_pooling_grad,
     (AveragePooling2D, "forward_cpu"): _through_float32("forward_cpu"),
