@@ -27,9 +27,20 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.embed_id import EmbedIDGrad
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
-from chainer.functions.math.basic_math import Add, AddConstant, Div, Mul, MulConstant, Sub
+from chainer.functions.math.basic_math import (
+    Add,
+    AddConstant,
+    Div,
+    DivGrad,
+    Mul,
+    MulConstant,
+    PowVarVarGrad,
+    Sub,
+)
 from chainer.functions.math.matmul import MatMul
 from chainer.functions.math.matmul import _matmul as chainers_matmul
+from chainer.functions.math.maximum import MaximumGrad
+from chainer.functions.math.minimum import MinimumGrad
 from chainer.functions.math.sum import Sum, SumTo
 from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
 from chainer.functions.normalization.group_normalization import _ScaleShiftGrad
@@ -324,6 +335,10 @@ KERNELS: dict[Hook, Kernel] = {
     (PReLUFunctionGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
     (SwishGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
     (_ScaleShiftGrad, "forward"): _adding_in_float32("forward"),
+    (DivGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
+    (PowVarVarGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
+    (MaximumGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
+    (MinimumGrad, "forward_cpu"): _adding_in_float32("forward_cpu"),
     (MaxPoolingND, "forward_cpu"): _max_pooling,
     (MaxPoolingNDGrad, "forward_cpu"): _max_pooling_grad,
     (AveragePooling2D, "forward_cpu"): _through_float32("forward_cpu"),
