@@ -14,7 +14,7 @@ from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.gradient import InFlight, add
 from ada_loss.chainer.recorder import LinkPaths, Site
 from ada_loss.config import TIMINGS, AdaLossConfig
-from helpers import assert_same_bits, dtype, plain_gradients, scoped_gradients
+from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients, scoped_gradients
 from twins import wrapped_copy
 
 
@@ -290,3 +290,38 @@ def test_gradients_of_a_weight_that_is_used_at_every_step_of_time_do_not_overflo
     for _ in range(8):
         optimizer.update(loss)
     assert optimizer.overflow.skipped == 0
+
+
+class Alternating(chainer.Chain):
+    """Every other call another graph, in which gradients of other sizes meet."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__(a=L.Linear(8, 8), b=L.Linear(8, 8), c=L.Linear(8, 8))
+
+    def forward(self, x):
+        self.calls += 1
+        h = F.tanh(self.a(x))
+        if self.calls % 2:
+            return self.c(h + 1e-3 * F.tanh(self.b(h))) + h
+        return 1e-3 * self.c(F.tanh(self.b(h) + self.b(h * h)) + 1e-4 * h + self.a(h)) + x
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_a_graph_that_changes_between_steps_costs_at_most_steps(rng, timing):
+    with dtype("mixed16"):
+        model = AdaLossScaled(Alternating(), timing=timing)
+    wide = Alternating()
+    wide.copyparams(model.link)
+    optimizer = prepare(chainer.optimizers.SGD(0.0).setup(model))
+    steps = 10
+    for _ in range(steps):
+        x = rng.standard_normal((16, 8)).astype(np.float16)
+        skipped = optimizer.overflow.skipped
+        optimizer.update(lambda x=x: F.sum(model(x) ** 2) * np.float32(2.0**-20))
+        expected = plain_gradients(wide, lambda link, x=x: F.sum(link(x.astype(np.float32)) ** 2))
+        if optimizer.overflow.skipped == skipped:
+            found = {path: np.ldexp(gradient, 20) for path, gradient in model.true_gradients().items()}
+            assert_same_as_float32(found, expected, db=40)
+    assert optimizer.overflow.skipped <= (steps // 2 if timing == "delayed" else 0)
