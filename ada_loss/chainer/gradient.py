@@ -34,13 +34,15 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
     dtype = np.dtype(dtype or array.dtype)
     if shift == 0:
         return cast(array, dtype)
+    xp = module_of(array)
     wide = cast(array, np.promote_types(array.dtype, np.float32))
     while shift:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
-        wide = wide * wide.dtype.type(2.0**step)
+        own = None if wide is array else wide
+        # NumPy makes a scalar of an array without axes.
+        wide = xp.asarray(xp.multiply(wide, wide.dtype.type(2.0**step), out=own))
         shift -= step
-    # NumPy makes a scalar of an array without axes.
-    return cast(module_of(array).asarray(wide), dtype)
+    return cast(wide, dtype)
 
 
 Peaks = Callable[[Sequence[InFlight]], list[float]]
@@ -59,36 +61,39 @@ def align(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> t
     next decision point. Gradients whose exponents agree stay as they are in formats wider than float16.
     `peaks` is only asked for others. Returns the arrays, new ones where they differ, and the exponent.
     """
-    exponents = {gradient.exponent for gradient in gradients}
-    target = max(exponents)
-    if len(exponents) > 1 or (len(gradients) > 1 and any(g.array.dtype == np.float16 for g in gradients)):
-        target = _safe_exponent(gradients, peaks(gradients), target)
+    target = _common_exponent(gradients, peaks, {gradient.array.dtype for gradient in gradients})
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
 
 def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wide: bool = False) -> InFlight:
-    """The sum of gradients in flight, aligned and added from left to right as Chainer adds them.
-
-    wide: whether a sum of float16 gradients stays float32.
-    """
+    """The sum of gradients in flight at the exponent that `align` finds, added from left to right as Chainer
+    adds them; that of float16 ones in float32, and rounded once, or not at all if `wide`."""
     if len(gradients) == 1:
         return gradients[0]
-    dtype = gradients[0].array.dtype
+    first, *others = gradients
+    dtype = first.array.dtype
     widest = np.promote_types(dtype, np.float32)
-    if wide:
-        dtype = widest
-        gradients = [InFlight(cast(array, dtype), exponent) for array, exponent in gradients]
-    arrays, exponent = align(gradients, peaks)
-    total, *rest = (cast(array, widest) for array in arrays)
-    for array in rest:
-        total = total + array
-    return InFlight(cast(module_of(arrays[0]).asarray(total), dtype), exponent)
+    dtype = widest if wide else dtype
+    exponent = _common_exponent(gradients, peaks, {dtype})
+    total = shifted(first.array, exponent - first.exponent, widest)
+    for other in others:
+        total = total + shifted(other.array, exponent - other.exponent, widest)
+    return InFlight(cast(module_of(first.array).asarray(total), dtype), exponent)
 
 
-def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: int) -> int:
+def _common_exponent(gradients: Sequence[InFlight], peaks: Peaks, dtypes: set[np.dtype[Any]]) -> int:
+    exponents = {gradient.exponent for gradient in gradients}
+    largest = max(exponents)
+    if len(exponents) == 1 and (len(gradients) == 1 or np.dtype(np.float16) not in dtypes):
+        return largest
+    return _safe_exponent(gradients, peaks(gradients), dtypes, largest)
+
+
+def _safe_exponent(
+    gradients: Sequence[InFlight], peaks: list[float], dtypes: set[np.dtype[Any]], largest: int
+) -> int:
     # Gradients that are aligned without being added may be of several types.
-    limits = {float(np.finfo(gradient.array.dtype).max) for gradient in gradients}
-    limit = min(limits)
+    limit = min(float(np.finfo(dtype).max) for dtype in dtypes)
     present = [(peak, g.exponent) for peak, g in zip(peaks, gradients, strict=True) if peak]
     smallest = min((exponent for _, exponent in present), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.
@@ -96,7 +101,7 @@ def _safe_exponent(gradients: Sequence[InFlight], peaks: list[float], largest: i
     if not total or not math.isfinite(total):
         return largest
     room = -math.frexp(total / limit)[1]
-    if len(limits) == 1:
+    if len(dtypes) == 1:
         # None of so many can be larger than the limit, whatever is taken for their peaks.
         room = max(room, -(len(gradients) - 1).bit_length())
     return min(largest, smallest + max(room - HEADROOM, min(room, 0)))
