@@ -131,3 +131,44 @@ def _weights(shape: tuple[int, ...]) -> Any:
 
 def _copied(array: Any) -> Any:
     return None if array is None else array.copy()
+
+
+class Graph(chainer.Chain):
+    """Three layers, combined by a function of them and of inputs."""
+
+    def __init__(self, combine, size=4):
+        super().__init__(a=L.Linear(size, size), b=L.Linear(size, size), c=L.Linear(size, size))
+        self.combine = combine
+
+    def forward(self, *xs):
+        return self.combine(self, *xs)
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape or (3, 4)).astype(np.float32)
+
+
+def wide(x):
+    """What Chainer can add to a scope's results."""
+    return F.cast(x, np.float32)
+
+
+def exact(rng, combine, run=None, inputs=1, **keywords):
+    return assert_exact(Graph(combine), [draw(rng) for _ in range(inputs)], run, **keywords)
+
+
+class Noting(chainer.FunctionHook):
+    """Notes the functions that it is called for, and what it is given."""
+
+    name = "Noting"
+
+    def __init__(self):
+        self.calls = []
+
+    def backward_preprocess(self, function, in_data, gys):
+        self.calls.append(
+            ("before", function.label, len(in_data), [gy.shape for gy in gys if gy is not None])
+        )
+
+    def backward_postprocess(self, function, in_data, gys):
+        self.calls.append(("after", function.label, len(in_data), [gy.shape for gy in gys if gy is not None]))
