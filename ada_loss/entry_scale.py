@@ -76,11 +76,14 @@ class EntryScale:
         return replace(steps, exponent=self.exponent + 1, good_steps=0)
 
     def to_state(self) -> dict[str, Any]:
-        """Every field but the settings, for a snapshot."""
-        return {name: value for name, value in asdict(self).items() if name not in _SETTINGS}
+        """Every field but the interval, which is up to the script that resumes, for a snapshot."""
+        return {name: value for name, value in asdict(self).items() if name != "interval"}
 
     def restored(self, state: dict[str, Any]) -> EntryScale:
-        """This scale, with these settings, where `to_state` was taken."""
+        """This scale, with these settings, where `to_state` was taken; back at its initial value if that was
+        another one there, whose growth or back-off says nothing of this one."""
+        if state["initial"] != self.initial:
+            return replace(self, skipped=state["skipped"])
         return replace(self, **state)
 
     @property
@@ -92,6 +95,3 @@ class EntryScale:
         if self.interval is None:
             return RECOVERY_INTERVAL
         return self.interval if self.skipped else 1
-
-
-_SETTINGS = ("initial", "interval")

@@ -103,3 +103,9 @@ def test_a_restored_scale_follows_the_settings_of_now():
     state = run(EntryScale.from_config(AdaLossConfig(dynamic_interval=100)), [True, False]).to_state()
     entry = EntryScale.from_config(AdaLossConfig(dynamic_interval=2)).restored(state)
     assert run(entry, [True, True]).exponent == entry.exponent + 1
+
+
+def test_a_resumed_scale_that_is_to_start_elsewhere_does_so_without_a_back_off():
+    saved = run(EntryScale.from_config(AdaLossConfig()), [False, False, True]).to_state()
+    resumed = EntryScale.from_config(AdaLossConfig(init_scale=1024.0)).restored(saved)
+    assert (resumed.exponent, resumed.backoff, resumed.skipped) == (10, 0, 2)

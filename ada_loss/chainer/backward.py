@@ -34,7 +34,7 @@ from chainer.variable import VariableNode, _check_grad_type
 
 from ada_loss.chainer import passes
 from ada_loss.chainer.decisions import backward_arrays, enters_float16, input_gradient, products_of
-from ada_loss.chainer.gradient import InFlight, Peaks, add, align, largest_magnitudes, shifted
+from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.recorder import Tag, tag_of
 from ada_loss.chainer.sums import gradients_in_range, parameter_gradients
@@ -99,7 +99,7 @@ class BackwardPass:
             self._arrive(node, gx, tag)
         for node in dict.fromkeys(node for node, _ in found):
             if not function.lazy_grad_sum:
-                self._gradients[node] = [_total(node, self._gradients[node], _peaks(tag))]
+                self._gradients[node] = [_total(node, self._gradients[node], tag)]
             self._enqueue(node.creator_node)
 
     def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
@@ -120,9 +120,11 @@ class BackwardPass:
             self._seen.add(function)
 
 
-def _total(node: Any, gradients: list[InFlight], peaks: Peaks = largest_magnitudes) -> InFlight:
+def _total(node: Any, gradients: list[InFlight], tag: Tag | None = None) -> InFlight:
     """The sum of a variable's gradients; that of a parameter, which has no room to spare, in float32."""
-    return add(gradients, peaks, wide=isinstance(node.get_variable_or_none(), chainer.Parameter))
+    return add(
+        gradients, _meeting(gradients, tag), wide=isinstance(node.get_variable_or_none(), chainer.Parameter)
+    )
 
 
 def _take_present(leaf: VariableNode) -> list[InFlight]:
@@ -141,7 +143,7 @@ def _with_hooks(
     function: Any, targets: tuple[int, ...], gys: list[InFlight | None], tag: Tag | None
 ) -> Inputs:
     """One function's backward, on the function's device and with the user's function hooks around it."""
-    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys], _peaks(tag))
+    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys], tag)
     in_data = tuple(x.data for x in function.inputs)
     hooks = dict(chainer.get_function_hooks())
     if function._n_local_function_hooks:
@@ -157,16 +159,16 @@ def _with_hooks(
     return found
 
 
-def _peaks(tag: Tag | None) -> Peaks:
-    """How to tell the largest magnitudes of gradients that meet at a function."""
-    return largest_magnitudes if tag is None else tag.scope.policy.peaks
+def _meeting(gradients: list[InFlight], tag: Tag | None) -> Meeting:
+    """What is known of gradients that meet at a function."""
+    return ANYWHERE if tag is None or len(gradients) == 1 else tag.scope.policy.meeting()
 
 
-def _aligned(gys: list[InFlight | None], peaks: Peaks) -> tuple[tuple[Any, ...], int]:
+def _aligned(gys: list[InFlight | None], tag: Tag | None) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
     if not present:
         return (None,) * len(gys), 0
-    arrays, exponent = align(present, peaks)
+    arrays, exponent = align(present, _meeting(present, tag))
     remaining = iter(arrays)
     return tuple(None if gy is None else next(remaining) for gy in gys), exponent
 

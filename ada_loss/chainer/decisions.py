@@ -218,5 +218,6 @@ def _scaled_operands(weight: Any, gy: Any, shift: int, largest: float) -> tuple[
 
 
 def carried_in_float16(shift: int, largest: float) -> int:
-    """How much of a shift float16 weights of at most `largest` carry without rounding or overflow."""
-    return max(0, min(shift, floor_log2(FLOAT16.max / largest)))
+    """How much of a shift float16 weights of about `largest` carry without rounding or overflow, also where
+    that was measured before the last updates."""
+    return max(0, min(shift, floor_log2(FLOAT16.max / largest) - 1))

@@ -54,18 +54,33 @@ def largest_magnitudes(gradients: Sequence[InFlight]) -> list[float]:
     return [largest_magnitude(gradient.array) for gradient in gradients]
 
 
-def align(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes) -> tuple[list[Any], int]:
+class Meeting(NamedTuple):
+    """A place at which gradients are brought to one exponent.
+
+    peaks: tells how large they are. headroom: how many powers of two their sum keeps to the largest number of
+    its format if one of them is raised.
+    """
+
+    peaks: Peaks = largest_magnitudes
+    headroom: int = HEADROOM
+
+
+ANYWHERE = Meeting()
+"""A place of which nothing is known, so that gradients that meet there are looked at."""
+
+
+def align(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE) -> tuple[list[Any], int]:
     """Bring gradients to one exponent: the largest, not above theirs, at which their sum cannot overflow.
 
-    None is raised so far that the sum has less than `HEADROOM` left, for sums and factors on the way to the
-    next decision point. Gradients whose exponents agree stay as they are in formats wider than float16.
-    `peaks` is only asked for others. Returns the arrays, new ones where they differ, and the exponent.
+    None is raised so far that the sum has less than the headroom left, for sums and factors on the way to the
+    next decision point. Gradients whose exponents agree stay as they are in formats wider than float16, and
+    nobody asks how large they are. Returns the arrays, new ones where they differ, and the exponent.
     """
-    target = _common_exponent(gradients, peaks, {gradient.array.dtype for gradient in gradients})
+    target = _common_exponent(gradients, meeting, {gradient.array.dtype for gradient in gradients})
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
 
-def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wide: bool = False) -> InFlight:
+def add(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE, *, wide: bool = False) -> InFlight:
     """The sum of gradients in flight at the exponent that `align` finds, added from left to right as Chainer
     adds them; that of float16 ones in float32, and rounded once, or not at all if `wide`."""
     if len(gradients) == 1:
@@ -74,27 +89,29 @@ def add(gradients: Sequence[InFlight], peaks: Peaks = largest_magnitudes, *, wid
     dtype = first.array.dtype
     widest = np.promote_types(dtype, np.float32)
     dtype = widest if wide else dtype
-    exponent = _common_exponent(gradients, peaks, {dtype})
+    exponent = _common_exponent(gradients, meeting, {dtype})
     total = shifted(first.array, exponent - first.exponent, widest)
     for other in others:
         total = total + shifted(other.array, exponent - other.exponent, widest)
     return InFlight(cast(module_of(first.array).asarray(total), dtype), exponent)
 
 
-def _common_exponent(gradients: Sequence[InFlight], peaks: Peaks, dtypes: set[np.dtype[Any]]) -> int:
+def _common_exponent(gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]]) -> int:
     exponents = {gradient.exponent for gradient in gradients}
     largest = max(exponents)
     if len(exponents) == 1 and (len(gradients) == 1 or np.dtype(np.float16) not in dtypes):
         return largest
-    return _safe_exponent(gradients, peaks(gradients), dtypes, largest)
+    return _safe_exponent(gradients, meeting, dtypes, largest)
 
 
 def _safe_exponent(
-    gradients: Sequence[InFlight], peaks: list[float], dtypes: set[np.dtype[Any]], largest: int
+    gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]], largest: int
 ) -> int:
     # Gradients that are aligned without being added may be of several types.
     limit = min(float(np.finfo(dtype).max) for dtype in dtypes)
-    present = [(peak, g.exponent) for peak, g in zip(peaks, gradients, strict=True) if peak]
+    present = [
+        (peak, g.exponent) for peak, g in zip(meeting.peaks(gradients), gradients, strict=True) if peak
+    ]
     smallest = min((exponent for _, exponent in present), default=largest)
     # At the smallest exponent nothing is scaled up, so Python's own range is enough.
     total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in present)
@@ -104,4 +121,4 @@ def _safe_exponent(
     if len(dtypes) == 1:
         # None of so many can be larger than the limit, whatever is taken for their peaks.
         room = max(room, -(len(gradients) - 1).bit_length())
-    return min(largest, smallest + max(room - HEADROOM, min(room, 0)))
+    return min(largest, smallest + max(room - meeting.headroom, min(room, 0)))

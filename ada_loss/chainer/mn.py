@@ -116,6 +116,8 @@ def prepare_multi_node(optimizer: Any) -> Any:
         )
     prepare_in_place(optimizer.actual_optimizer, PreparedOptimizer)
     prepare_in_place(optimizer, PreparedMultiNodeOptimizer)
+    for scope in scopes(optimizer.actual_optimizer.target):
+        scope.policy.shared = True
     optimizer.actual_optimizer.announces = optimizer.communicator.rank == 0
     return optimizer
 

@@ -7,11 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ada_loss.chainer import passes
 from ada_loss.chainer.branches import FanOut
-from ada_loss.chainer.gradient import InFlight, largest_magnitudes
+from ada_loss.chainer.gradient import HEADROOM, InFlight, Meeting, largest_magnitudes
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
 from ada_loss.entry_scale import EntryScale
@@ -30,10 +31,12 @@ _UNDECIDED = -1
 class Decision:
     """A shift as it was last chosen, for a gradient that carried `exponent`.
 
-    backoff: of the entry scale at that time. measurement: of such a gradient, when one was last measured.
+    method: the rule. backoff: of the entry scale at that time. measurement: of such a gradient, when one was
+    last measured.
     """
 
     site: Site
+    method: str
     exponent: int
     backoff: int
     shift: int
@@ -52,6 +55,9 @@ class ShiftPolicy:
     config: settings of the scope. layers: settings of links that a filter refused, by path.
     """
 
+    shared = False
+    """Whether other processes have such a policy too, so that one only learns when all do."""
+
     def __init__(self, config: AdaLossConfig, layers: dict[str, AdaLossConfig]) -> None:
         self.config = config
         self.layers = layers
@@ -67,9 +73,8 @@ class ShiftPolicy:
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
-        if self._met and not passes.running():
-            # A backward pass has been since: without a prepared optimizer nobody says that a step ended.
-            self.begin_step()
+        if not passes.running():
+            self.clear()
         self._calls[path] += 1
         return self._calls[path] - 1
 
@@ -93,6 +98,8 @@ class ShiftPolicy:
         self._met.add(site)
         config = self.settings(site, config)
         known = self.decisions.get(site)
+        if known is not None and known.method != config.loss_scale_method:
+            known = None
         if known is None or self.iteration % config.update_per_n_iteration == 0:
             summarize = self._begin_weight if parameter else begin
             begun = begin_measurement(config, gy, weight, fan, channel_axis, summarize)
@@ -104,16 +111,18 @@ class ShiftPolicy:
             return known
         return self._decide(site, config, known.measurement.scaled(exponent - known.exponent), exponent)
 
-    def peaks(self, gradients: Sequence[InFlight]) -> list[float]:
-        """The largest magnitudes of gradients that meet in a backward pass.
+    def meeting(self) -> Meeting:
+        """What is known of gradients that meet in a backward pass, as all do in the same order in every step.
 
-        With delayed timing they follow from those that met in the step before; meetings are told apart by
-        their order.
+        With delayed timing their sizes follow from those that met there in the step before.
         """
-        if self.config.timing == "current":
-            return largest_magnitudes(gradients)
         self._calls[MEETING] += 1
-        sites = [Site(MEETING, self._calls[MEETING], operand) for operand in range(len(gradients))]
+        current = self.config.timing == "current"
+        peaks = largest_magnitudes if current else partial(self._known_peaks, self._calls[MEETING])
+        return Meeting(peaks, HEADROOM + self.entry.backoff)
+
+    def _known_peaks(self, number: int, gradients: Sequence[InFlight]) -> list[float]:
+        sites = [Site(MEETING, number, operand) for operand in range(len(gradients))]
         self._met.update(sites)
         if not all(site in self._peaks for site in sites):
             found = largest_magnitudes(gradients)
@@ -159,9 +168,18 @@ class ShiftPolicy:
         self._peaks = {site: peak for site, peak in self._peaks.items() if site in self._met}
         self.begin_step()
 
+    def clear(self) -> None:
+        """Begin a step if a backward pass has been: without a prepared optimizer nobody says that one ended.
+
+        Gradients may also be cleared between forward and backward, where F.forget will go on counting.
+        """
+        if self._met:
+            self.begin_step()
+
     def begin_step(self) -> None:
         """Count the applications of each layer from zero again."""
-        self.learn()
+        if not self.shared:
+            self.learn()
         self._weights.clear()
         self._calls.clear()
         self._met.clear()
@@ -169,7 +187,7 @@ class ShiftPolicy:
     def to_json(self) -> str:
         """Everything that decides the next step."""
         decisions = [
-            [*d.site, d.exponent, d.backoff, d.shift, d.measurement.to_state()]
+            [*d.site, d.method, d.exponent, d.backoff, d.shift, d.measurement.to_state()]
             for d in self.decisions.values()
         ]
         state = {
@@ -181,16 +199,22 @@ class ShiftPolicy:
         return json.dumps(state)
 
     def load_json(self, text: str) -> None:
-        """Continue from what `to_json` returned."""
+        """Continue from what `to_json` returned; a ValueError if it is of another version of this package."""
         state = json.loads(text)
-        self.iteration = state["iteration"]
-        self.entry = self.entry.restored(state["entry"])
-        decisions = [
-            Decision(Site(path, call, operand), exponent, backoff, shift, Measurement.from_state(measurement))
-            for path, call, operand, exponent, backoff, shift, measurement in state["decisions"]
-        ]
+        try:
+            decisions = [
+                Decision(Site(*place), method, exponent, backoff, shift, Measurement.from_state(measurement))
+                for *place, method, exponent, backoff, shift, measurement in state["decisions"]
+            ]
+            peaks = {Site(*place): peak for *place, peak in state["peaks"]}
+            entry, iteration = self.entry.restored(state["entry"]), state["iteration"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "The scales in this snapshot are of another version of ada_loss: start afresh, or load it with "
+                "that version."
+            ) from error
+        self.iteration, self.entry, self._peaks = iteration, entry, peaks
         self.decisions = {decision.site: decision for decision in decisions}
-        self._peaks = {Site(path, call, operand): peak for path, call, operand, peak in state["peaks"]}
         self._begun.clear()
         self._weights.clear()
         self._calls.clear()
@@ -206,7 +230,7 @@ class ShiftPolicy:
     def _decide(self, site: Site, config: AdaLossConfig, measurement: Measurement, exponent: int) -> Decision:
         backoff = self.entry.backoff
         shift = choose_shift(config, measurement, exponent, backoff=backoff)
-        decision = Decision(site, exponent, backoff, shift, measurement)
+        decision = Decision(site, config.loss_scale_method, exponent, backoff, shift, measurement)
         if measurement.finite:
             self.decisions[site] = decision
         return decision

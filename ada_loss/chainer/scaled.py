@@ -99,7 +99,7 @@ class AdaLossScaled(chainer.Chain):
         super().cleargrads()
         if not passes.running():
             # A hook that clears gradients while backward runs is in the middle of a step.
-            self.policy.begin_step()
+            self.policy.clear()
 
     def copy(self, mode: str = "share") -> AdaLossScaled:
         """Chainer's copy, with scales of its own: those of the original, or fresh ones in mode `init`."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ada_loss.chainer.gradient import InFlight, add, align, shifted
+from ada_loss.chainer.gradient import InFlight, Meeting, add, align, shifted
 
 
 def in_flight(array, exponent):
@@ -131,7 +131,7 @@ def test_gradients_of_different_types_are_aligned_within_the_range_of_each(place
 def test_peaks_that_are_far_too_large_do_not_make_gradients_vanish(count):
     # With delayed timing they may be those of other gradients, where a step's graph is another one.
     gradients = [InFlight(np.float16([2.0**-10]), 3)] * count
-    total = add(gradients, lambda gradients: [1e12] * len(gradients))
+    total = add(gradients, Meeting(lambda gradients: [1e12] * len(gradients)))
     assert np.ldexp(float(total.array.item()), -total.exponent) == count * 2.0**-13
     largest = [InFlight(np.float16([65504.0]), 3)] * count
     assert np.isfinite(add(largest).array).all()

@@ -221,3 +221,79 @@ def test_a_copy_in_the_middle_of_a_step_takes_no_arrays_along(rng):
         step(model, rng.standard_normal((4, 300)).astype(np.float16))
     assert len(pickle.dumps(model.policy)) < 10_000
     assert copy.deepcopy(model.policy).to_json() == model.policy.to_json()
+
+
+class Gaining(chainer.Chain):
+    """Gradients meet, and are then multiplied by a constant that no layer takes part in."""
+
+    def __init__(self, gain):
+        super().__init__(branch=L.Linear(6, 6), first=L.Linear(6, 6))
+        self.gain = gain
+
+    def forward(self, x):
+        h = self.first(x) * self.gain
+        return h * 2.0**-10 + self.branch(h * 2.0**-10)
+
+
+def test_an_overflow_behind_a_place_where_gradients_meet_makes_room_there(x):
+    with dtype("mixed16"):
+        model = AdaLossScaled(Gaining(1000.0))
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
+    for _ in range(12):
+        step(model, x)
+        optimizer.update()
+    assert model.policy.entry.skipped <= 6
+
+
+class Reusing(chainer.Chain):
+    """A weight that is used twice, and branches that are far smaller than what they are added to."""
+
+    def __init__(self):
+        super().__init__(
+            shared=L.Linear(16, 16, nobias=True, initialW=chainer.initializers.Normal(0.25)),
+            small=L.Linear(16, 16, nobias=True, initialW=chainer.initializers.Normal(1e-5)),
+        )
+
+    def forward(self, x):
+        h = x
+        for _ in range(3):
+            h = (h + self.small(h)) * 0.5
+        return self.shared(self.shared(h))
+
+
+def test_delayed_meetings_have_the_same_numbers_in_every_step(rng):
+    with dtype("mixed16"):
+        model = AdaLossScaled(Reusing(), timing="delayed")
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
+    numbers = set()
+    for _ in range(12):
+        x = (4 * rng.standard_normal((8, 16))).astype(np.float16)
+        weights = rng.standard_normal((8, 16)).astype(np.float32) * rng.uniform(0.7, 1.4)
+        model.cleargrads()
+        F.sum(model(chainer.Variable(x)) * weights).backward()
+        numbers.add(model.policy.next_call(policy.MEETING))
+        optimizer.update()
+    assert len(numbers) == 1
+    assert model.policy.entry.skipped == 0
+
+
+@pytest.mark.parametrize("method", ["abs_range", "element_wise_range", "fixed"])
+@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 5}])
+def test_a_resumed_training_with_another_method_measures_anew(method, settings, x):
+    before = scaled_stack("auto", **settings)
+    step(before, x)
+    before.policy.iteration = 1
+    after, fresh = (scaled_stack(method, **settings) for _ in range(2))
+    for model in (after, fresh):
+        model.link.copyparams(before.link)
+    after.policy.load_json(before.policy.to_json())
+    assert step(after, x) == step(fresh, x)
+
+
+def test_scales_of_another_version_are_refused_and_nothing_is_changed(x):
+    model = scaled_stack()
+    step(model, x)
+    state = model.policy.to_json()
+    with pytest.raises(ValueError, match="another version of ada_loss"):
+        model.policy.load_json('{"iteration": 3, "entry": {"initial": 0}, "shifts": []}')
+    assert model.policy.to_json() == state

@@ -195,7 +195,13 @@ MEASUREMENTS = st.builds(
 )
 EXPONENTS = st.integers(-200, 200)
 DECISIONS = st.builds(
-    Decision, st.builds(Site, st.text(), COUNTS, COUNTS), EXPONENTS, EXPONENTS, EXPONENTS, MEASUREMENTS
+    Decision,
+    st.builds(Site, st.text(), COUNTS, COUNTS),
+    st.sampled_from(METHODS),
+    EXPONENTS,
+    EXPONENTS,
+    EXPONENTS,
+    MEASUREMENTS,
 )
 ENTRY = {field.name: EXPONENTS for field in fields(EntryScale) if field.name not in ("initial", "interval")}
 
