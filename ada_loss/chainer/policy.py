@@ -210,8 +210,8 @@ class ShiftPolicy:
             entry, iteration = self.entry.restored(state["entry"]), state["iteration"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                "The scales in this snapshot are of another version of ada_loss: start afresh, or load it with "
-                "that version."
+                "The scales in this snapshot are of another version of ada_loss: start afresh, or load it "
+                "with that version."
             ) from error
         self.iteration, self.entry, self._peaks = iteration, entry, peaks
         self.decisions = {decision.site: decision for decision in decisions}
