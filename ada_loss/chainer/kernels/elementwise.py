@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, chunks, to_float16, to_float32
+from ada_loss.casting import CHUNK, cast, chunks, to_float16, to_float32
 
 INFINITY = 0x7C00
 """Bits of float16 infinity: larger magnitudes are NaN."""
@@ -24,10 +24,12 @@ _SIGN_SHIFT = np.array(15, np.int16)
 
 def in_float32(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
     """An element-wise function of float16 arrays, broadcast, computed in float32 and rounded to float16."""
-    operands = np.broadcast_arrays(*arrays)
-    out = np.empty(operands[0].shape, np.float16)
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    # What is repeated is widened once, in its own size.
+    operands = [a if a.shape == shape else np.broadcast_to(to_float32(a), shape) for a in arrays]
+    out = np.empty(shape, np.float16)
     for *parts, target in chunks(*operands, out):
-        to_float16(function(*(to_float32(part) for part in parts)), target)
+        to_float16(function(*(cast(part, np.float32) for part in parts)), target)
     return out
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import kernels
-from chainer_.kernels_.reference import assert_rounded_once, in_float64, run
+from chainer_.kernels_.reference import EACH_PROVIDER, assert_rounded_once, in_float64, run
 
 ALL_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = ALL_FLOAT16[np.isfinite(ALL_FLOAT16)]
@@ -118,6 +118,17 @@ def test_arithmetic_broadcasts_and_backpropagates_as_chainers_does(name, shapes)
     for array, gradient, exact in zip(inputs, gradients, expected_gradients, strict=True):
         assert gradient.shape == array.shape and gradient.dtype == np.float16
         np.testing.assert_allclose(gradient, exact, rtol=1e-2, atol=1e-2 * np.sqrt(gy.size + 1))
+
+
+@EACH_PROVIDER
+@pytest.mark.parametrize("name", ["+", "*"])
+@pytest.mark.filterwarnings("error")
+def test_arithmetic_on_a_repeated_array_rounds_once_without_a_warning(provider, name, rng):
+    x, b = random(rng, 8, 70, 30), random(rng, 70, 1)
+    exact, _ = in_float64(OPERATIONS[name], [x, b], None)
+    for inputs in ([x, b], [b, x]):
+        actual, _ = run(OPERATIONS[name], inputs, None, provider)
+        np.testing.assert_array_equal(actual, exact.astype(np.float16))
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
