@@ -10,6 +10,7 @@ Batch normalization and casts are here for the CPU.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,10 @@ _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 _IMAGES_ELEMENTS = 1 << 20
 """Elements of input and output that are in float32 at a time."""
+
+if hasattr(os, "register_at_fork"):
+    # OpenMP's threads do not live on in a forked child: whoever shares work with them waits for ever.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def copy(source: np.ndarray, out: np.ndarray) -> bool:

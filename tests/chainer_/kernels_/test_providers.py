@@ -1,5 +1,8 @@
 """Choosing a provider."""
 
+import os
+import subprocess
+import sys
 import threading
 from unittest import mock
 
@@ -211,6 +214,43 @@ def test_torch_casts_under_torch_and_leaves_what_it_cannot_take():
     assert not copy(source[::-1], out)
     assert not copy(np.broadcast_to(source[0], 2000), out)
     np.testing.assert_array_equal(out, source.astype(np.float16))
+
+
+FORKED = """
+import os, signal
+import ada_loss.chainer
+import chainer.functions as F
+import numpy as np
+import torch
+from ada_loss.casting import to_float16
+from ada_loss.chainer import kernels
+
+rng = np.random.default_rng(0)
+x = rng.standard_normal((8, 16, 64, 64)).astype(np.float32)
+W = rng.standard_normal((16, 16, 3, 3)).astype(np.float32)
+
+
+def results():
+    return to_float16(x), F.convolution_2d(x, W).array, F.convolution_2d(to_float16(x), to_float16(W)).array
+
+
+torch.set_num_threads(2)
+kernels.use("torch")
+before = results()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    same = [np.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(results(), before)]
+    os._exit(0 if all(same) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+"""What PyTorch's threads did before a fork is done once more in the child, which ends itself if it waits."""
+
+
+@WITH_TORCH
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_casts_and_convolves_under_torch_as_its_parent_did():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], timeout=100, check=True)
 
 
 @WITH_TORCH
