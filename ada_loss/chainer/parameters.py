@@ -300,10 +300,13 @@ def true_gradients_on_masters(
 
 def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, _Held | None, Any]:
     before = (parameter.array, parameter._in_flight, parameter._settled())
+    half = parameter.array.dtype == np.float16
+    if half:
+        # Before anything else, since memory may be too short for it.
+        parameter.master = _reconciled(parameter.master, parameter.array)
     parameter._hold(parameter._present())
     parameter._plain, parameter._fleeting = True, fleeting
-    if parameter.array.dtype == np.float16:
-        parameter.master = _reconciled(parameter.master, parameter.array)
+    if half:
         parameter.array = parameter.master
     return before
 

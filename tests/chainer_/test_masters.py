@@ -12,7 +12,7 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
-from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer import AdaLossScaled, parameters
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.parameters import true_gradients_on_masters
 from helpers import assert_same_bits, dtype
@@ -89,6 +89,28 @@ class TestTrueGradientsOnMasters:
             held.grad[...] = 0
         assert held.true_gradient().tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
         assert held.arrays()[0].dtype == np.float16
+
+    def test_too_little_memory_for_a_master_leaves_everything_as_it_was(self, monkeypatch):
+        held = [a_parameter() for _ in range(4)]
+        for parameter in held:
+            parameter.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        arrays, reconciled = [parameter.array for parameter in held], parameters._reconciled
+
+        def short_of_memory(master, half):
+            if half is arrays[2]:
+                raise MemoryError
+            return reconciled(master, half)
+
+        monkeypatch.setattr(parameters, "_reconciled", short_of_memory)
+        with pytest.raises(MemoryError), true_gradients_on_masters(held):
+            pass
+        for parameter, array in zip(held, arrays, strict=True):
+            assert parameter.array is array and array.tolist() == [1, 1, 1]
+            assert parameter.true_gradient().tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
+            assert parameter.arrays()[0].dtype == np.float16
+            parameter.update_rule = optimizers.SGD().create_update_rule()
+            with pytest.raises(RuntimeError, match=r"prepare\(optimizer\)"):
+                parameter.update()
 
 
 class TestMastersFollow:
