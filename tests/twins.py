@@ -144,6 +144,17 @@ class Graph(chainer.Chain):
         return self.combine(self, *xs)
 
 
+class Two(chainer.Chain):
+    """Two layers and whatever is done with them."""
+
+    def __init__(self, compute):
+        super().__init__(a=L.Linear(4, 4), b=L.Linear(4, 4))
+        self.compute = compute
+
+    def forward(self, *args, **kwargs):
+        return self.compute(self, *args, **kwargs)
+
+
 def draw(rng, *shape):
     return rng.standard_normal(shape or (3, 4)).astype(np.float32)
 
