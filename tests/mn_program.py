@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,15 @@ import chainer  # isort: skip
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-from chainer import optimizer_hooks, optimizers
+from chainer import optimizers
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.config import METHODS
 from helpers import dtype
+from mn_agreement import communication, delayed, exponents, statistics
+from mn_training import BATCH, no_norm, outcome, prepared, share, steps
 from toy import batch, masters, training, values
-
-BATCH = 12
-
-
-class Alone:
-    """The one rank of a training that is not distributed."""
-
-    rank, size = 0, 1
-
-
-HOOKS = (partial(optimizer_hooks.WeightDecay, 0.01), partial(optimizer_hooks.GradientClipping, 0.5))
-
-
-def prepared(
-    target: chainer.Link, comm: Any, optimizer: Any = None, *, hooks: Any = HOOKS, **options: Any
-) -> Any:
-    """A prepared optimizer, on several ranks ChainerMN's."""
-    optimizer = optimizer or optimizers.MomentumSGD(0.05)
-    if comm.size > 1:
-        import chainermn
-
-        optimizer = chainermn.create_multi_node_optimizer(optimizer, comm, **options)
-    optimizer.setup(target)
-    for hook in hooks:
-        optimizer.add_hook(hook())
-    return ada_loss_chainer.prepare(optimizer)
-
-
-def share(arrays: Any, comm: Any) -> Any:
-    """This rank's part of a batch."""
-    count = len(arrays[0]) // comm.size
-    return [array[comm.rank * count : (comm.rank + 1) * count] for array in arrays]
-
-
-def steps(target: chainer.Link, optimizer: Any, comm: Any, magnitudes: Any, seed: int = 50) -> None:
-    """A step for each entry of `magnitudes`: how large the targets are, of each sample or of all."""
-    rng = np.random.default_rng(seed)
-    if comm.size > 1 and not optimizer.target_params:
-        optimizer.update(target, *share(batch(rng, BATCH), comm))
-    rng = np.random.default_rng(seed)
-    for magnitude in magnitudes:
-        x, t = batch(rng, BATCH)
-        optimizer.update(target, *share((x, t * np.broadcast_to(magnitude, (BATCH,))[:, None]), comm))
-
-
-def no_norm(channels: int) -> chainer.Link:
-    return chainer.Sequential(F.identity)
 
 
 def training_of(comm: Any, precision: str, **settings: Any) -> dict[str, Any]:
@@ -80,12 +34,6 @@ def training_of(comm: Any, precision: str, **settings: Any) -> dict[str, Any]:
         optimizer = prepared(target, comm)
         steps(target, optimizer, comm, [1, 4, 0.5, 2])
     return outcome(target, optimizer)
-
-
-def outcome(target: chainer.Link, optimizer: Any) -> dict[str, Any]:
-    policy = target.model.policy
-    scales = np.array([policy.entry.exponent, policy.entry.skipped, policy.iteration])
-    return {**masters(target), "scales": scales, "steps": np.array(optimizer.t)}
 
 
 def average(comm: Any, method: str, precision: str) -> dict[str, Any]:
@@ -294,102 +242,6 @@ def resumption(comm: Any, ranks: str) -> dict[str, Any]:
         # Chainer spreads no state of optimizers.
         del resumed["steps"], whole["steps"]
     return {**resumed, **{f"whole {name}": array for name, array in whole.items()}}
-
-
-class Counting:
-    """An MPI communicator that counts how often integers are reduced."""
-
-    def __init__(self, mpi_comm: Any) -> None:
-        self._mpi_comm = mpi_comm
-        self.sizes: list[int] = []
-
-    def Allreduce(self, send: Any, receive: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(receive, np.ndarray) and receive.dtype.kind == "i":
-            self.sizes.append(receive.size)
-        return self._mpi_comm.Allreduce(send, receive, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._mpi_comm, name)
-
-
-def communication(comm: Any) -> dict[str, Any]:
-    """How many integers are reduced in three steps."""
-    mpi_comm, comm.mpi_comm = comm.mpi_comm, Counting(comm.mpi_comm)
-    with dtype("mixed16"):
-        target = training(norm=no_norm)
-        steps(target, prepared(target, comm), comm, [1, 1, 1])
-    sizes, comm.mpi_comm = comm.mpi_comm.sizes, mpi_comm
-    return {"sizes": np.array(sizes), "parameters": np.array(len(list(target.params())))}
-
-
-def exponents(comm: Any) -> dict[str, Any]:
-    """What is lent of gradients that ranks see differently, if there were 64 ranks to add them up."""
-    from ada_loss.chainer.gradient import InFlight
-    from ada_loss.chainer.mn import lend_at_agreed_exponents
-    from ada_loss.chainer.parameters import adopt
-
-    held = {
-        "large": 2.0**14,
-        "tiny": 2.0**-20,
-        "different": 2.0 ** (-20 * comm.rank),
-        "zero here": float(comm.rank > 0) * 2.0**-18,
-        "missing here": None if comm.rank == 0 else 2.0**-18,
-        "zero": 0.0,
-        "missing": None,
-        "infinite": np.inf if comm.rank == 0 else 1.0,
-    }
-
-    class Many:
-        size, mpi_comm = 64, comm.mpi_comm
-
-    parameters = []
-    for value in held.values():
-        parameter = adopt(chainer.Parameter(np.zeros(3, np.float16)))
-        parameter.cleargrad()
-        if value is not None:
-            array, exponent = np.frexp(value)
-            parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
-        parameters.append(parameter)
-    agreed = lend_at_agreed_exponents(parameters, Many())
-    lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
-    return {
-        **{name: np.zeros(0) if array is None else array for name, array in lent.items()},
-        "agreed": np.array(agreed),
-    }
-
-
-def delayed(comm: Any) -> dict[str, Any]:
-    """Measurements and shifts of ranks whose gradients differ in size, after some steps of delayed timing."""
-    with dtype("mixed16"):
-        target = training(method="auto", timing="delayed", norm=no_norm)
-        steps(target, prepared(target, comm), comm, [4.0 ** np.arange(BATCH)] * 3)
-    measured = {d.site.path + str(d.site.call): d.measurement for d in target.model.decisions}
-    return {
-        **{f"shift {d.site.path} {d.site.call}": np.array(d.shift) for d in target.model.decisions},
-        **{f"largest {path}": np.array(m.largest_term) for path, m in measured.items()},
-        "counts": np.array([m.gradient.count for m in measured.values()]),
-    }
-
-
-def statistics(comm: Any) -> dict[str, Any]:
-    """Gradients brought to one exponent, as before ranks average statistics of them."""
-    from ada_loss.chainer.gradient import InFlight
-    from ada_loss.chainer.mn import at_agreed_exponent
-
-    last = comm.rank == comm.size - 1
-    held = {
-        "equal": InFlight(np.float16([1, 2]), 7),
-        "different": InFlight(np.float16([1, 2]), 3 * comm.rank),
-        "zero here": InFlight(np.float16([0, 0] if comm.rank == 0 else [1, 2]), 5 if comm.rank == 0 else -5),
-        "zero": InFlight(np.float16([0, 0]), comm.rank),
-        "no room": InFlight(np.float16([6e4, 1] if comm.rank == 0 else [1, 2]), 8 * comm.rank),
-        "infinite": InFlight(np.float16([np.inf if last else 1, 2]), comm.rank),
-    }
-    agreed = {name: at_agreed_exponent(gradient, comm) for name, gradient in held.items()}
-    return {
-        **{name: gradient.array for name, gradient in agreed.items()},
-        **{f"{name} exponent": np.array(gradient.exponent) for name, gradient in agreed.items()},
-    }
 
 
 METHODS_AND_PRECISIONS = [(method, precision) for precision in ("float32", "mixed16") for method in METHODS]

@@ -11,7 +11,8 @@ import pytest
 
 import mn_program
 from ada_loss.config import METHODS
-from toy import training
+from mn_training import BATCH, Alone, no_norm
+from toy import masters, training
 
 TESTS = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def alone():
 
     def run(case):
         if case not in results:
-            results[case] = mn_program.CASES[case](mn_program.Alone())
+            results[case] = mn_program.CASES[case](Alone())
         return results[case]
 
     return run
@@ -102,20 +103,20 @@ class TestRanksTrainAsOne:
     @pytest.mark.parametrize("precision", TOLERANCE)
     @pytest.mark.parametrize("method", METHODS)
     def test_with_any_method(self, ranks, alone, method, precision):
-        start = mn_program.masters(training(precision, norm=mn_program.no_norm))
+        start = masters(training(precision, norm=no_norm))
         case = f"average {method} {precision}"
         assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE[precision])
 
     @pytest.mark.parametrize("method", ["approx_range", "auto"])
     def test_with_delayed_timing(self, ranks, alone, method):
-        start = mn_program.masters(training("mixed16", norm=mn_program.no_norm))
+        start = masters(training("mixed16", norm=no_norm))
         case = f"average delayed {method} mixed16"
         assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE["mixed16"])
 
     @pytest.mark.parametrize("precision", TOLERANCE)
     @pytest.mark.parametrize("method", METHODS)
     def test_with_batch_normalization_over_all_ranks(self, ranks, alone, method, precision):
-        start = mn_program.masters(training(precision))
+        start = masters(training(precision))
         # A bias in front of a normalization has no gradient but rounding errors.
         del start["/model/first/b"]
         case = f"normalization {method} {precision}"
@@ -124,7 +125,7 @@ class TestRanksTrainAsOne:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_over_a_communicator_that_adds_in_float16(self, ranks, alone, method):
-        start = mn_program.masters(training("mixed16", norm=mn_program.no_norm))
+        start = masters(training("mixed16", norm=no_norm))
         case = f"on the wire {method}"
         assert_same_update(ranks.the_same(case), alone(case), start, TOLERANCE["mixed16"])
 
@@ -161,7 +162,7 @@ class TestAgreement:
 
     def test_with_delayed_timing_all_ranks_decide_by_what_all_have_measured(self, ranks):
         result = ranks.the_same("delayed")
-        samples = mn_program.BATCH
+        samples = BATCH
         assert result["counts"].min() >= samples
         assert any(name.startswith("shift") and shift for name, shift in result.items())
 
