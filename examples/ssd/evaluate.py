@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import DATASETS
+from data_voc import JoinedDatasets
+from datasets import DATASETS, DatasetKind
 from detector import Detector
-from errors import SharedInputError, ends_cleanly
+from errors import InputError, SharedInputError, ends_cleanly
 from evaluation import evaluate
 from ranks import start_ranks
 from saved import load_detector_model, weights_parser
@@ -25,7 +26,9 @@ from saved import load_detector_model, weights_parser
 def main(argv: Sequence[str] | None = None) -> int:
     parser = weights_parser("Print the mean average precision of a trained SSD, PASCAL VOC 2007 metric.")
     parser.add_argument("--dataset", choices=DATASETS, help="its test images; those of the model's classes")
-    parser.add_argument("--dataset-dir", type=Path, help="folder with VOC2007, or where the digits are")
+    parser.add_argument(
+        "--dataset-dir", type=Path, help="folder with VOC2007, or where the digits are already"
+    )
     args = parser.parse_args(argv)
 
     ranks = start_ranks()
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dataset not in (None, dataset):
             raise SharedInputError(f"{args.weights} knows the classes of {dataset}: use --dataset {dataset}.")
         kind = DATASETS[dataset]
-        test_set = ranks.rank_0_first(lambda: kind.open_test(args.dataset_dir))
+        test_set = ranks.rank_0_first(lambda: open_existing(kind, args.dataset_dir))
         began = time.monotonic()
         precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)
         seconds = time.monotonic() - began
@@ -44,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'mAP':>12}  {np.nanmean(precisions):.4f}")
         print(f"{len(test_set)} images in {seconds:.1f} s", file=sys.stderr)
     return 0
+
+
+def open_existing(kind: DatasetKind, folder: Path | None) -> JoinedDatasets:
+    """Test images. A digits set makes itself in its usual place only: a folder that is named has to exist."""
+    if folder is not None and not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}: name one that train_multi.py was given with --dataset-dir, which "
+            "makes a digits set there, or leave the option out."
+        )
+    return kind.open_test(folder)
 
 
 if __name__ == "__main__":

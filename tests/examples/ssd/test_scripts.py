@@ -154,6 +154,7 @@ def test_evaluate_gives_the_same_on_two_ranks(digits, model_file, capsys):
     ("arguments", "words"),
     [
         (["/nowhere.npz"], "The weights /nowhere.npz can't be read"),
+        (["MODEL", "--dataset-dir", "/nowhere/digits"], "There is no folder /nowhere/digits: name one that"),
         (["MODEL", "--dataset", "voc"], "knows the classes of digits: use --dataset digits"),
     ],
 )
