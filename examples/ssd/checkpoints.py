@@ -96,15 +96,24 @@ def resume(trainer: Trainer, origin: Path, settings: dict[str, Any], ranks: Alon
         settings: of this run.
         ranks: who takes part.
 
-    Raises InputError if the checkpoint belongs to a run with other settings or another number of ranks.
+    Raises InputError if the checkpoint belongs to a run with other settings or another number of ranks, or if
+    another version of ada_loss wrote it.
     """
     path = ranks.together(lambda: _choose(origin, settings, ranks.size) if ranks.rank == 0 else None)
     path = ranks.broadcast(path)
     if path is None:
         return None
     arrays = _read_arrays(path / _file_of(0)) | _read_arrays(path / _file_of(ranks.rank))
-    trainer.serialize(NpzDeserializer(arrays))
+    ranks.together(lambda: _load(trainer, path, arrays))
     return trainer.updater.iteration
+
+
+def _load(trainer: Trainer, path: Path, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        trainer.serialize(NpzDeserializer(arrays))
+    except ValueError as error:
+        # Its digests are those that were written, so that it is whole, but of another version.
+        raise InputError(f"{path} can't be loaded: {error}") from error
 
 
 def _choose(origin: Path, settings: dict[str, Any], n_ranks: int) -> Path | None:
