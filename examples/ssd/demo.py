@@ -21,8 +21,9 @@ from datasets import DATASETS
 from detector import Detector
 from drawing import draw_boxes, tile
 from errors import ends_cleanly
+from output import RESULT_FILE, alone_in
 from saved import load_detector_model
-from training import RESULT_FILE, WEIGHTS_FILE
+from training import WEIGHTS_FILE
 
 OUT = Path(__file__).resolve().parent / "out" / "demo"
 TRAINING = ("--model", "small", "--dtype", "mixed16", "--loss-scale-method", "auto")
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.monotonic()
-    # Only earlier demonstrations write here.
-    shutil.rmtree(OUT, ignore_errors=True)
+    if OUT.exists():
+        # Only demonstrations write here; one may be at it now.
+        with alone_in(OUT):
+            shutil.rmtree(OUT, ignore_errors=True)
     data = ("--dataset-dir", str(args.dataset_dir)) if args.dataset_dir else ()
     status = train_multi.main([*TRAINING, *data, "--iteration", args.iteration, "--out", str(OUT)])
     if status:

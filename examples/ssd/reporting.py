@@ -113,9 +113,7 @@ class TensorBoard(Extension):
         self._writer.flush()
 
     def finalize(self) -> None:
-        # A run that is resumed at its end never begins.
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
 
 def find_summary_writer() -> Callable[[str], Any]:

@@ -15,6 +15,7 @@ from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
 from arguments import Settings, parse_settings
 from errors import InputError, ends_cleanly
+from output import reserved
 from ranks import choose_communicator, gpu_is_there, start_ranks
 from reporting import find_summary_writer
 from training import assemble, summary
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         on_gpu, communicator = ranks.together(lambda: _look_at_machine(settings, ranks.size))
         ranks = ranks.connected(communicator)
         dtype = chainer.mixed16 if settings.dtype == "mixed16" else np.dtype(settings.dtype)
-        with chainer.using_config("dtype", dtype), kernels.using(settings.kernels):
+        with (
+            chainer.using_config("dtype", dtype),
+            kernels.using(settings.kernels),
+            reserved(settings, ranks),
+        ):
             result = assemble(settings, ranks, on_gpu).train()
     if ranks.rank == 0:
         print(result["message"] or "", end="\n" if result["message"] else "")

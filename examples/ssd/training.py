@@ -29,11 +29,11 @@ from files import write_json
 from loss import MultiboxLoss
 from models import build_model, input_dtype
 from optimization import learning_rate, make_optimizer
+from output import RESULT_FILE
 from ranks import Alone
-from reporting import LOG_FILE, StopAfter, add_reports, at, either, every, log_rows
+from reporting import StopAfter, add_reports, at, either, every, log_rows
 from weights import find_pretrained, load_weights, save_weights
 
-RESULT_FILE = "result.json"
 WEIGHTS_FILE = "model.npz"
 
 
@@ -118,11 +118,11 @@ class Run:
 def assemble(settings: Settings, ranks: Alone, on_gpu: bool) -> Run:
     """Everything that a run needs, brought to where the checkpoint stands that it resumes. All ranks call it.
 
-    Raises InputError on all of them if something is amiss, before any file is written.
+    Raises InputError on all of them if something is amiss, before any file is written. `--out` has to be
+    reserved for them by then.
     """
     cv2.setNumThreads(0)
     np.random.seed(settings.seed + ranks.rank)
-    ranks.together(lambda: _check_output(settings))
     # What is made or fetched should be so once.
     train_set, test_set, model = ranks.rank_0_first(lambda: _open_inputs(settings))
     samples = TrainingSamples.of_model(train_set, model, DATASETS[settings.dataset].recipe, settings.seed)
@@ -197,25 +197,6 @@ def _open_inputs(settings: Settings) -> tuple[JoinedDatasets, JoinedDatasets, SS
     if weights is not None:
         load_weights(weights, model, partial=True)
     return train_set, test_set, model
-
-
-def _check_output(settings: Settings) -> None:
-    """Leave the files of an earlier run alone, unless this one goes on with it."""
-    out = settings.out
-    found = [name for name in (RESULT_FILE, LOG_FILE, FOLDER) if (out / name).exists()]
-    goes_on = settings.resume == "auto" or (
-        settings.resume is not None
-        and out.resolve() in [Path(settings.resume).resolve(), *Path(settings.resume).resolve().parents]
-    )
-    if found and not goes_on:
-        raise InputError(
-            f"{out} holds an earlier run ({found[0]}): name another folder with --out, or go on with that "
-            "run with --resume auto."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} can't be made ({error.strerror}): name another folder with --out.") from None
 
 
 def _extend(

@@ -1,15 +1,56 @@
-"""What training runs leave in their folders, read and compared."""
+"""Training runs in this process, and what they leave in their folders, read and compared."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import train_multi
+from batches import Schedule
+
 # Of the paths in a checkpoint, those that hold seconds.
 TIMED = {"extensions/LogReport/_log", "_snapshot_elapsed_time"}
+BRIEF = ("--device", "cpu", "--kernels", "numpy", "--batchsize", "2", "--log-interval", "1", "--warm-up", "0")
+
+
+def train(digits: Path, out: Path, *args: object) -> int:
+    return train_multi.main([*BRIEF, "--dataset-dir", str(digits), "--out", str(out), *map(str, args)])
+
+
+def status_of(digits: Path, out: Path, *args: object) -> int:
+    try:
+        return train(digits, out, *args)
+    except SystemExit as end:
+        return end.code
+
+
+def assert_one_sentence(capsys, words: str) -> None:
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.err.rstrip().endswith(".")
+    assert words in printed.err
+    assert "Traceback" not in printed.out + printed.err
+
+
+def meanwhile(act: Callable[[], object], after: int) -> Callable[[Schedule, int], list[tuple[int, int]]]:
+    """A `Schedule.share` for a run in which something happens after so many iterations."""
+    share = Schedule.share
+
+    def interrupted(schedule: Schedule, iteration: int) -> list[tuple[int, int]]:
+        if iteration == after:
+            act()
+        return share(schedule, iteration)
+
+    return interrupted
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
 
 
 def read(path: Path) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from chainer.dataset.download import get_dataset_root, set_dataset_root
 from processes import EXAMPLE, run_script
-from runs import assert_same_end, read, weights
+from runs import assert_same_end, meanwhile, press_ctrl_c, read, weights
 
 import train_multi
 from arguments import parse_settings
@@ -138,7 +138,7 @@ def test_ssd512_trains_from_imagenet_is_interrupted_goes_on_and_is_evaluated(at_
     more = ("--iteration", "2", "--checkpoint-interval", "1", "--lr", "1e-4", "--step")
     line = [*command("adaptive", tmp_path), *BRIEF, *more]
     with monkeypatch.context() as patched:
-        patched.setattr(Schedule, "share", interrupted_share(after=1))
+        patched.setattr(Schedule, "share", meanwhile(press_ctrl_c, after=1))
         assert train_multi.main(line) == 130
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-00000001"]
     assert not (tmp_path / "result.json").exists()
@@ -160,18 +160,6 @@ def test_ssd512_trains_from_imagenet_is_interrupted_goes_on_and_is_evaluated(at_
         begun = start[name].astype(np.float16).astype(np.float32)
         moved = np.linalg.norm(trained[name] - begun) / np.linalg.norm(begun)
         assert 0 < moved < 0.5, name
-
-
-def interrupted_share(after: int):
-    """A `Schedule.share` at which the user presses Ctrl-C after so many iterations."""
-    share = Schedule.share
-
-    def interrupted(schedule: Schedule, iteration: int) -> list[tuple[int, int]]:
-        if iteration == after:
-            raise KeyboardInterrupt
-        return share(schedule, iteration)
-
-    return interrupted
 
 
 @pytest.mark.slow

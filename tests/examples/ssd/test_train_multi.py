@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chainer.serializers import save_npz
-from runs import assert_same_end, assert_same_weights, read, rows_without_times, weights
+from runs import (
+    assert_one_sentence,
+    assert_same_end,
+    assert_same_weights,
+    read,
+    rows_without_times,
+    status_of,
+    train,
+    weights,
+)
 
 import evaluate
 import train_multi
@@ -30,11 +41,6 @@ METHODS = {
     "element_wise_range": ["--loss-scale-method", "element_wise_range"],
     "auto": ["--loss-scale-method", "auto"],
 }
-BRIEF = ("--device", "cpu", "--kernels", "numpy", "--batchsize", "2", "--log-interval", "1", "--warm-up", "0")
-
-
-def train(digits: Path, out: Path, *args: object) -> int:
-    return train_multi.main([*BRIEF, "--dataset-dir", str(digits), "--out", str(out), *map(str, args)])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,22 +252,6 @@ def test_bad_input_is_one_sentence(digits, tmp_path, capsys, arguments, words):
     assert not any(out.rglob("*"))
 
 
-def status_of(digits: Path, out: Path, *args: object) -> int:
-    try:
-        return train(digits, out, *args)
-    except SystemExit as end:
-        return end.code
-
-
-def assert_one_sentence(capsys, words: str) -> None:
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert printed.err.rstrip().endswith(".")
-    assert words in printed.err
-    assert "Traceback" not in printed.out + printed.err
-
-
 def test_a_missing_voc_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data_voc.get_dataset_root", lambda: str(tmp_path))
     assert train_multi.main(["--dataset", "voc", "--out", str(tmp_path / "run")]) == 2
@@ -364,3 +354,33 @@ def test_only_the_newest_checkpoints_are_kept(digits, tmp_path):
     train(digits, out, "--iteration", 3, "--dtype", "float32", "--checkpoint-interval", 1)
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["iteration-00000002", "iteration-00000003"]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["auto", "path"])
+def test_scales_of_another_version_are_one_sentence(digits, tmp_path, capsys, whole):
+    out = tmp_path / "run"
+    train(digits, out, "--iteration", 1)
+    checkpoint = out / "checkpoints" / "iteration-00000001"
+    forget_entry_of_scales(checkpoint)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert status_of(digits, out, "--iteration", 2, "--resume", checkpoint if whole else "auto") == 2
+    assert_one_sentence(
+        capsys,
+        f"{checkpoint} can't be loaded: The scales in this snapshot are of another version of ada_loss",
+    )
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def forget_entry_of_scales(checkpoint: Path) -> None:
+    """A checkpoint whose scales lack what this version writes, whole as its digests say."""
+    with np.load(checkpoint / "rank-0.npz") as file:
+        arrays = dict(file)
+    (name,) = (name for name in arrays if name.endswith("ada_loss/state"))
+    scales = json.loads(arrays[name].tobytes())
+    del scales["entry"]
+    arrays[name] = np.frombuffer(json.dumps(scales).encode(), np.uint8)
+    np.savez(checkpoint / "rank-0.npz", **arrays)
+    manifest = read(checkpoint / "checkpoint.json")
+    manifest["digests"] = [hashlib.sha256((checkpoint / "rank-0.npz").read_bytes()).hexdigest()]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
