@@ -80,13 +80,18 @@ def test_a_killed_run_is_in_nobodys_way(digits, run_in_progress, capsys, resume)
     assert not (out / LOCK_FILE).exists()
 
 
-def test_a_second_demonstration_leaves_the_first_alone(run_in_progress, monkeypatch, capsys):
+def test_a_second_demonstration_leaves_the_first_alone(
+    digits, run_in_progress, tmp_path, monkeypatch, capsys
+):
     out, _ = run_in_progress
     (out / "log.json").write_text("[]")
     monkeypatch.setattr(demo, "OUT", out)
-    assert demo.main([]) == 2
+    picture = tmp_path / "demo.png"
+    brief = ["--iteration", "1", "--dataset-dir", str(digits), "--picture", str(picture)]
+    assert demo.main(brief) == 2
     assert_one_sentence(capsys, "Another run is writing")
     assert (out / "log.json").read_text() == "[]"
+    assert not picture.exists()
 
 
 def test_a_lock_that_was_deleted_while_it_was_waited_for_is_not_taken(tmp_path, monkeypatch):
