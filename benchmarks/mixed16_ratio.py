@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from machine import Machine
-from program import chosen, parser, start
+from program import time_models
 from readme_tables import table
 from side_by_side import Program, Timings, rounds_within, take_turns
 from workloads import FIXED, METHODS, Batch, Training, settle, workload_of
@@ -26,20 +26,7 @@ COMPARED = (FIXED, "approx_range", "auto")
 
 
 def main() -> None:
-    options = arguments()
-    report = start("mixed16_ratio", options)
-    for name in chosen(options, MODELS):
-        report.add(measure(name, report.machine, options))
-    if not options.quick and not options.models:
-        report.write()
-
-
-def arguments() -> argparse.Namespace:
-    made = parser(__doc__.split("\n\n")[0], MODELS)
-    made.add_argument(
-        "--seconds", type=float, default=120, help="for each model, about (default: %(default)s)"
-    )
-    return made.parse_args()
+    time_models("mixed16_ratio", __doc__.split("\n\n")[0], MODELS, 120, measure)
 
 
 def measure(name: str, machine: Machine, options: argparse.Namespace) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -53,6 +53,30 @@ def parser(description: str, models: Iterable[str] = ()) -> argparse.ArgumentPar
     if models:
         made.add_argument("--models", nargs="+", choices=list(models), help="only these (default: all)")
     return made
+
+
+def time_models(
+    benchmark: str,
+    description: str,
+    models: Collection[str],
+    seconds: float,
+    measure: Callable[[str, Machine, argparse.Namespace], str],
+) -> None:
+    """A whole program that times models one after the other.
+
+    seconds: what `--seconds` is if it is not given. measure: times the model of a name on a machine, with the
+    options of the command line; returns what to report.
+    """
+    made = parser(description, models)
+    made.add_argument(
+        "--seconds", type=float, default=seconds, help="for each model, about (default: %(default)s)"
+    )
+    options = made.parse_args()
+    report = start(benchmark, options)
+    for name in chosen(options, models):
+        report.add(measure(name, report.machine, options))
+    if not options.quick and not options.models:
+        report.write()
 
 
 def chosen(options: argparse.Namespace, models: Iterable[str]) -> list[str]:

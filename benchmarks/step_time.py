@@ -12,34 +12,21 @@ import argparse
 
 import numpy as np
 from machine import Machine
-from program import chosen, parser, start
+from program import time_models
 from readme_tables import table
 from side_by_side import Timings, rounds_within, take_turns
-from workloads import CYCLE, FIXED, METHODS, WORKLOADS, Training, Workload, settle, workload_of
+from workloads import CYCLE, FIXED, METHODS, WORKLOADS, Training, settle, workload_of
 
 PHASES = ("forward", "backward", "update")
 
 
 def main() -> None:
-    options = arguments()
-    report = start("step_time", options)
-    for name in chosen(options, WORKLOADS):
-        report.add(measure(workload_of(name, options), report.machine, options))
-    if not options.quick and not options.models:
-        report.write()
+    time_models("step_time", __doc__.split("\n\n")[0], WORKLOADS, 180, measure)
 
 
-def arguments() -> argparse.Namespace:
-    made = parser(__doc__.split("\n\n")[0], WORKLOADS)
-    made.add_argument(
-        "--seconds", type=float, default=180, help="for each model, about (default: %(default)s)"
-    )
-    return made.parse_args()
-
-
-def measure(workload: Workload, machine: Machine, options: argparse.Namespace) -> str:
+def measure(name: str, machine: Machine, options: argparse.Namespace) -> str:
     """Time a workload under every method; returns the table."""
-    rng = np.random.default_rng(options.seed)
+    workload, rng = workload_of(name, options), np.random.default_rng(options.seed)
     batches = workload.batches(rng, machine)
     trainings = {
         name: Training(workload, settings, machine, options.seed) for name, settings in METHODS.items()

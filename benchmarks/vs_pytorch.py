@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 from machine import Machine
-from program import chosen, fail, parser, start
+from program import fail, time_models
 from readme_tables import table
 from side_by_side import Timings, rounds_within, take_turns
 from workloads import FIXED, METHODS, Batch, Training, settle, workload_of
@@ -32,20 +32,7 @@ COMPARED = (FIXED, "approx_range", "auto")
 
 
 def main() -> None:
-    options = arguments()
-    report = start("vs_pytorch", options)
-    for name in chosen(options, TWINS):
-        report.add(measure(name, report.machine, options))
-    if not options.quick and not options.models:
-        report.write()
-
-
-def arguments() -> argparse.Namespace:
-    made = parser(__doc__.split("\n\n")[0], TWINS)
-    made.add_argument(
-        "--seconds", type=float, default=180, help="for each model, about (default: %(default)s)"
-    )
-    return made.parse_args()
+    time_models("vs_pytorch", __doc__.split("\n\n")[0], TWINS, 180, measure)
 
 
 def measure(name: str, machine: Machine, options: argparse.Namespace) -> str:

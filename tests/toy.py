@@ -35,6 +35,12 @@ class Net(chainer.Chain):
         return self.last(h + F.tanh(self.shared(F.relu(self.shared(h)))))
 
 
+def twice() -> chainer.Link:
+    """A layer that is registered and used twice."""
+    layer = L.Linear(SIZE, SIZE, initialW=np.full((SIZE, SIZE), 0.1))
+    return chainer.Sequential(layer, F.relu, layer)
+
+
 class Training(chainer.Chain):
     """A loss around a model, with a layer of its own outside the model. weight: what the loss counts."""
 

@@ -16,7 +16,7 @@ from ada_loss.chainer import AdaLossScaled, parameters
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.parameters import true_gradients_on_masters
 from helpers import assert_same_bits, dtype
-from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, values
+from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, twice, values
 
 
 @pytest.fixture
@@ -245,11 +245,7 @@ class TestFloat32Gradients:
         assert seen == [None]
 
     def test_rules_with_hooks_see_what_the_first_of_two_updates_left(self, rng):
-        def twice(wrap):
-            layer = L.Linear(SIZE, SIZE, initialW=np.full((SIZE, SIZE), 0.1))
-            return wrap(chainer.Sequential(layer, F.relu, layer))
-
-        target, plain = twice(AdaLossScaled), twice(lambda link: link)
+        target, plain = AdaLossScaled(twice()), twice()
         x, _ = batch(rng)
         optimizer, reference = prepared(target, optimizers.SGD(0.05)), optimizers.SGD(0.05).setup(plain)
         for layer in (target.link[0], plain[0]):

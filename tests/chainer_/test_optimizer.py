@@ -15,7 +15,20 @@ from chainer import optimizers
 from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.parameters import ScaledParameter
 from helpers import assert_same_bits, dtype
-from toy import SCALES, SIZE, Net, Training, backward, batch, compare, masters, prepared, training, values
+from toy import (
+    SCALES,
+    SIZE,
+    Net,
+    Training,
+    backward,
+    batch,
+    compare,
+    masters,
+    prepared,
+    training,
+    twice,
+    values,
+)
 
 # NumPy says so when something overflows, and here it often has to.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -260,11 +273,7 @@ class TestWhichParametersAreUpdated:
         assert target.late.W.master.dtype == np.float32
 
     def test_a_link_registered_twice_is_updated_as_often_as_chainer_updates_it(self, rng):
-        def twice(wrap):
-            layer = L.Linear(SIZE, SIZE, initialW=np.full((SIZE, SIZE), 0.1))
-            return wrap(chainer.Sequential(layer, F.relu, layer))
-
-        target, plain = twice(AdaLossScaled), twice(lambda link: link)
+        target, plain = AdaLossScaled(twice()), twice()
         x, _ = batch(rng)
         optimizer, reference = prepared(target, optimizers.MomentumSGD(0.05)), optimizers.MomentumSGD(0.05)
         reference.setup(plain).add_hook(hooks.WeightDecay(0.1))
