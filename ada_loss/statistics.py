@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from types import ModuleType
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -108,7 +108,13 @@ UNUSABLE = Statistics(0, 0, 0.0, 0.0, 0.0, False)
 
 def module_of(array: Any) -> ModuleType:
     """NumPy or CuPy, whichever the array belongs to."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    cls: Any = type(array)
+    return _module_of_class(cls)
+
+
+@cache
+def _module_of_class(cls: Any) -> ModuleType:
+    return sys.modules[cls.__module__.partition(".")[0]]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ class InFlight(NamedTuple):
     exponent: int = 0
 
 
-def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
+def shifted(array: Any, shift: int, dtype: Any = None, *, reuse: bool = False) -> Any:
     """`array` * 2**`shift`, rounded once to `dtype` (default: the array's own).
 
     The array itself if nothing changes. float16 goes through float32, where the product is exact.
+    reuse: whether the array's memory may be written to, as nobody else needs it.
     """
     dtype = np.dtype(dtype or array.dtype)
     if shift == 0:
@@ -38,7 +39,7 @@ def shifted(array: Any, shift: int, dtype: Any = None) -> Any:
     wide = cast(array, np.promote_types(array.dtype, np.float32))
     while shift:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
-        own = None if wide is array else wide
+        own = None if wide is array and not reuse else wide
         # NumPy makes a scalar of an array without axes.
         wide = xp.asarray(xp.multiply(wide, wide.dtype.type(2.0**step), out=own))
         shift -= step

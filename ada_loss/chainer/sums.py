@@ -27,6 +27,8 @@ takes. That of weights that were computed goes through functions that may enlarg
 _RETREAT, _RETREATS = 4, 6
 """By how many powers of two gy is lowered when a sum of it overflows, and how often at most."""
 
+_ZERO = np.zeros(1, np.float32)
+
 
 def parameter_gradients(
     function: Any, targets: tuple[int, ...], gy: Any, exponent: int, backoff: int = 0
@@ -45,7 +47,8 @@ def parameter_gradients(
     sums = {}
     if weight in halves:
         # Chainer gives the gradient the dtype of the weight, whose values do not matter here.
-        wide = np.broadcast_to(np.float32(0), function.inputs[weight].shape)
+        shape = function.inputs[weight].shape
+        wide = np.ndarray(shape, np.float32, _ZERO, strides=(0,) * len(shape))
         sums[weight] = backward_with_weight(function, products[0], wide, weight, gy)
     if bias in halves and function.inputs[bias].shape == gy.shape[1:2]:
         sums[bias] = float32_total(gy, (0, *range(2, gy.ndim)))
@@ -65,12 +68,14 @@ def gradients_in_range(
 
     gys: arrays or None, which carry `exponent`.
     """
+    if not targets:
+        return (), exponent
     gxs = backward_arrays(function, targets, gys)
     present = [gy for gy in gys if gy is not None]
-    if not all(module_of(gy) is np for gy in present):
-        return gxs, exponent
     size = max((gy.size for gy in present), default=0)
     sums = [place for place, index in enumerate(targets) if _adds_up(function.inputs[index], size)]
+    if not sums or not all(module_of(gy) is np for gy in present):
+        return gxs, exponent
     for _ in range(_RETREATS):
         if all_finite([gxs[place] for place in sums if gxs[place] is not None]) or not all_finite(present):
             break
@@ -92,4 +97,4 @@ def _rounded(total: Any, exponent: int, peak: float, headroom: int) -> InFlight:
     """A gradient that carries `exponent`, rounded to float16 with its largest element, `peak`, so many powers
     of two below the format's maximum."""
     shift = floor_log2(FLOAT16.max / peak) - headroom if peak else 0
-    return InFlight(shifted(total, shift, np.float16), exponent + shift)
+    return InFlight(shifted(total, shift, np.float16, reuse=True), exponent + shift)
