@@ -41,6 +41,8 @@ _TO_FLOAT16_EXPONENT = np.array(3, np.int16)
 _BIAS = np.array(2 << 10, np.int16)
 _TOO_LARGE = 143 << 7
 """Exponent of 2**16, from which on a float32 has no finite neighbour in float16."""
+_TO_FLOAT32 = np.array(13, np.uint32)
+_FROM_SMALL = np.array(2.0**112, np.float32)
 _SMALLEST_NORMAL = np.full(CHUNK, 113 << 7, np.int16)
 """Exponent of 2**-14, once per element: NumPy's maximum is vectorized for arrays only."""
 
@@ -68,6 +70,18 @@ def to_float32(source: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
             _FLOAT32.take(bits, out=target, mode="clip")
         else:
             target[...] = _FLOAT32.take(bits, mode="clip")
+    return out
+
+
+def magnitudes_to_float32(bits: np.ndarray) -> np.ndarray:
+    """The finite float16 of these bits, an array of uint16 without signs, in float32."""
+    out = np.empty(bits.shape, np.float32)
+    if not _is_cast(bits.view(np.float16), out):
+        # Shifted into place, exponent and mantissa of a float16 are those of a float32 2**112 times as small.
+        wide = out.view(np.uint32)
+        wide[...] = bits
+        wide <<= _TO_FLOAT32
+        out *= _FROM_SMALL
     return out
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ada_loss import casting
-from ada_loss.casting import chunks, to_float16, to_float32
+from ada_loss.casting import chunks, magnitudes_to_float32, to_float16, to_float32
 from ada_loss.chainer import kernels
 from chainer_.kernels_.reference import EACH_PROVIDER
 
@@ -41,6 +41,14 @@ def test_every_float16_reaches_float32_exactly():
     expected = np.array([float(value) for value in ALL_FLOAT16])
     np.testing.assert_array_equal(wide, expected)
     np.testing.assert_array_equal(np.signbit(wide), np.signbit(ALL_FLOAT16))
+
+
+@pytest.mark.parametrize("size", [1, 300, 0x7C00])
+def test_every_finite_magnitude_reaches_float32_exactly(rng, size):
+    bits = rng.permutation(0x7C00)[:size].astype(np.uint16)
+    wide = magnitudes_to_float32(bits)
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide, bits.view(np.float16).astype(np.float64))
 
 
 def test_every_float16_survives_the_way_to_float32_and_back():
