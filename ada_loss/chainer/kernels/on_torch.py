@@ -4,7 +4,7 @@ On the CPU float16 is computed in float32, a few images at a time, and rounded o
 to cuDNN as it is, which multiplies on tensor cores and adds in float32. What PyTorch does not have
 (`cover_all`, operands of several types on a GPU) is left to the next kernel.
 
-Batch normalization and casts are here for the CPU.
+Batch normalization, ReLU, arithmetic and casts are here for the CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import chainer
 import numpy as np
 import torch
 from chainer.backends import cuda
+from chainer.functions.activation.relu import ReLU, ReLUGrad2
 from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
 from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.functions.math.basic_math import Add, Div, Mul, Sub
 from chainer.functions.normalization.batch_normalization import GeneralBatchNormalizationImpl
 from chainer.utils.conv import get_conv_outsize
 from torch.nn.grad import conv2d_weight
@@ -32,7 +34,7 @@ from ada_loss.chainer.kernels.dispatch import Hook, Kernel
 from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
 from ada_loss.chainer.kernels.patches import Geometry
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOAT16, _FLOAT32, _FLOAT64 = _FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
 
 _IMAGES_ELEMENTS = 1 << 20
 """Elements of input and output that are in float32 at a time."""
@@ -261,6 +263,47 @@ def _batch_normalization_grad(
     return gx, None, cast(ggamma, gamma.dtype), cast(gbeta, gamma.dtype)
 
 
+def _elementwise(
+    function: Callable[..., torch.Tensor], arrays: Arrays, dtypes: tuple[np.dtype[Any], ...] = _FLOATS
+) -> Arrays | None:
+    """A function of NumPy arrays of one of these types, broadcast, with Chainer's bits; of float16 computed in
+    float32 and rounded once."""
+    dtype = arrays[0].dtype
+    # Of what PyTorch cannot have as it lies, it would take a copy.
+    if dtype not in dtypes or not all(
+        isinstance(a, np.ndarray) and a.dtype == dtype and a.flags.writeable for a in arrays
+    ):
+        return None
+    try:
+        return (function(*map(torch.from_numpy, arrays)).numpy(),)
+    except ValueError:
+        return None
+
+
+def _arithmetic(function: Callable[..., torch.Tensor], retained: tuple[int, ...] = ()) -> Kernel:
+    """A kernel for an element-wise operation on two variables."""
+
+    def kernel(node: Any, inputs: Arrays) -> Arrays | None:
+        result = _elementwise(function, inputs)
+        if result and retained:
+            node.retain_inputs(retained)
+        return result
+
+    return kernel
+
+
+def _relu(node: Any, inputs: Arrays) -> Arrays | None:
+    result = _elementwise(torch.relu, inputs)
+    if result:
+        node.retain_outputs((0,))
+    return result
+
+
+def _relu_grad(node: Any, inputs: Arrays) -> Arrays | None:
+    # A product, not a choice, so that what is not finite stays so. Of float16 this would be slower.
+    return _elementwise(lambda y, gy: torch.sign(y).mul_(gy), (node.b, *inputs), (_FLOAT32, _FLOAT64))
+
+
 def _takes_on_gpu(*arrays: Any) -> bool:
     """Whether these are CuPy arrays, not empty, of one type."""
     return all(isinstance(a, cuda.ndarray) and a.size for a in arrays) and len({a.dtype for a in arrays}) == 1
@@ -314,6 +357,12 @@ KERNELS: dict[Hook, Kernel] = {
     (Deconvolution2DFunction, "forward_cpu"): _deconvolution,
     (GeneralBatchNormalizationImpl, "forward"): _batch_normalization,
     (GeneralBatchNormalizationImpl, "backward"): _batch_normalization_grad,
+    (ReLU, "forward_cpu"): _relu,
+    (ReLUGrad2, "forward_cpu"): _relu_grad,
+    (Add, "forward"): _arithmetic(torch.add),
+    (Sub, "forward"): _arithmetic(torch.sub),
+    (Mul, "forward"): _arithmetic(torch.mul, retained=(0, 1)),
+    (Div, "forward"): _arithmetic(torch.div, retained=(0, 1)),
     (Convolution2DFunction, "_forward_gpu_core"): _convolution_on_gpu,
     (Convolution2DGradW, "_forward_gpu_core"): _convolution_grad_weight_on_gpu,
     (Deconvolution2DFunction, "_forward_gpu_core"): _deconvolution_on_gpu,
