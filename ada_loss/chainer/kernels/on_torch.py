@@ -34,7 +34,8 @@ from ada_loss.chainer.kernels.dispatch import Hook, Kernel
 from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
 from ada_loss.chainer.kernels.patches import Geometry
 
-_FLOAT16, _FLOAT32, _FLOAT64 = _FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOATS = np.dtype(np.float16), _FLOAT32, _FLOAT64
 
 _IMAGES_ELEMENTS = 1 << 20
 """Elements of input and output that are in float32 at a time."""
@@ -266,8 +267,8 @@ def _batch_normalization_grad(
 def _elementwise(
     function: Callable[..., torch.Tensor], arrays: Arrays, dtypes: tuple[np.dtype[Any], ...] = _FLOATS
 ) -> Arrays | None:
-    """A function of NumPy arrays of one of these types, broadcast, with Chainer's bits; of float16 computed in
-    float32 and rounded once."""
+    """A function of NumPy arrays of one of these types, broadcast, with Chainer's bits: float16 is computed
+    in float32 and rounded once."""
     dtype = arrays[0].dtype
     # Of what PyTorch cannot have as it lies, it would take a copy.
     if dtype not in dtypes or not all(
