@@ -5,9 +5,8 @@ On a GPU measurements are begun while backward runs, which does not wait for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ada_loss.config import AdaLossConfig
 from ada_loss.statistics import (
@@ -17,8 +16,8 @@ from ada_loss.statistics import (
     Statistics,
     begin,
     begin_product_extremes,
+    combine,
     fetch,
-    merge,
     module_of,
 )
 
@@ -26,8 +25,7 @@ _OF_SMALLEST = ("abs_range", "element_wise_range")
 """The rules that look at the smallest magnitudes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
+class Measurement(NamedTuple):
     """What a rule knows of a layer, in Python numbers.
 
     gradient: statistics of gy.
@@ -72,52 +70,16 @@ class Measurement:
         """The largest that a product of an element of gy and a weight can be."""
         return self.products[1] if self.products else self.gradient.largest * self.factor.largest
 
-    def scaled(self, shift: int) -> Measurement:
-        """The measurement for gy times 2**shift."""
-        if not shift:
-            return self
-        products = self.products and (self.products[0] * 2.0**shift, self.products[1] * 2.0**shift)
-        return replace(self, gradient=self.gradient.scaled(shift), products=products)
 
-    def merged(self, other: Measurement) -> Measurement:
-        """The measurement of both gradients taken together, as of two processes with the same weights."""
-        products = self.products or other.products
-        if self.products and other.products:
-            (low, high), (other_low, other_high) = self.products, other.products
-            products = min(filter(None, (low, other_low)), default=0.0), max(high, other_high)
-        return replace(self, gradient=merge([self.gradient, other.gradient]), products=products)
-
-    def to_state(self) -> list[Any]:
-        """Plain lists and numbers, for a snapshot."""
-        return [astuple(self.gradient), self.weight and astuple(self.weight), self.fan, self.products]
-
-    @classmethod
-    def from_state(cls, state: Sequence[Any]) -> Measurement:
-        """What `to_state` was called on."""
-        gradient, weight, fan, products = state
-        return cls(
-            Statistics(*gradient),
-            weight and Statistics(*weight),
-            fan,
-            products and (products[0], products[1]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class BegunMeasurement:
-    """A measurement whose figures a GPU may still compute; fields as in `Measurement`."""
-
-    gradient: Begun[Statistics]
-    weight: Begun[Statistics] | None
-    fan: int
-    products: Begun[tuple[float, float]] | None
+UNMEASURED = Measurement(NOTHING)
+"""What `fixed` needs to know."""
 
 
 def measure(
     config: AdaLossConfig, gy: Any, weight: Any, fan: int, *, channel_axis: int | None = 0
 ) -> Measurement:
     """What `begin_measurement` describes; on a GPU this waits for it."""
-    return finish([begin_measurement(config, gy, weight, fan, channel_axis)])[0]
+    return fetch([begin_measurement(config, gy, weight, fan, channel_axis)])[0]
 
 
 def begin_measurement(
@@ -127,7 +89,7 @@ def begin_measurement(
     fan: int,
     channel_axis: int | None = 0,
     summarize_weight: Callable[..., Begun[Statistics]] = begin,
-) -> BegunMeasurement:
+) -> Begun[Measurement]:
     """What the configured rule needs to know of a layer, without waiting for a GPU.
 
     gy: the layer's output gradient, channels (or features) along axis 1, a NumPy or CuPy array of any float
@@ -142,24 +104,16 @@ def begin_measurement(
     """
     method = config.loss_scale_method
     if method == "fixed":
-        return BegunMeasurement(NOTHING, None, 1, None)
+        return UNMEASURED
     smallest = method in _OF_SMALLEST
     if weight is None:
         logs = method == "approx_range" and config.cast_distribution == "log_normal"
-        return BegunMeasurement(begin(gy, smallest=smallest, logs=logs), None, 1, None)
+        return combine(Measurement, begin(gy, smallest=smallest, logs=logs))
     products = None
     if method == "element_wise_range" and channel_axis is not None:
         products = _begin_products(gy, weight, channel_axis)
-    return BegunMeasurement(
-        begin(gy, smallest=smallest), summarize_weight(weight, smallest=smallest), fan, products
-    )
-
-
-def finish(begun: Sequence[BegunMeasurement]) -> list[Measurement]:
-    """The measurements, in the same order, with one transfer for all of them from a GPU."""
-    figures: list[Any] = [figure for each in begun for figure in (each.gradient, each.weight, each.products)]
-    found = iter(fetch(figures))
-    return [Measurement(next(found), next(found), each.fan, next(found)) for each in begun]
+    summary = summarize_weight(weight, smallest=smallest)
+    return combine(Measurement, begin(gy, smallest=smallest), summary, fan, products)
 
 
 def _begin_products(gy: Any, weight: Any, channel_axis: int) -> Begun[tuple[float, float]]:

@@ -1,23 +1,27 @@
 """Which shift a layer adds: the rules, as pure functions of statistics.
 
-A layer computes its input gradient gx as sums of products of its output gradient gy and its weights W. From
-what was measured of them `choose_shift` decides; the layer's own scale is 2**shift. `approx_range`,
-`abs_range` and `element_wise_range` follow Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
-Training" (arXiv 1910.12385): scale until hardly any element underflows, but never so far that one could
-overflow.
+A layer computes its input gradient gx as sums of products of its output gradient gy and its weights W. What
+was measured of them gives the `Range` of scales that suit it, and of these `choose_shift` takes one; the
+layer's own scale is 2**shift. `approx_range`, `abs_range` and `element_wise_range` follow Zhao, Vogel, Ahmed,
+"Adaptive Loss Scaling for Mixed Precision Training" (arXiv 1910.12385): scale until hardly any element
+underflows, but never so far that one could overflow.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 
 from ada_loss.config import METHODS, AdaLossConfig
 from ada_loss.formats import FLOAT16
 from ada_loss.measurement import Measurement
 
-__all__ = ["METHODS", "choose_shift", "floor_log2"]
+__all__ = ["METHODS", "Range", "choose_shift", "find_range", "floor_log2"]
+
+_LARGEST, _SMALLEST = FLOAT16.max, FLOAT16.smallest_subnormal
 
 AUTO_HEADROOM, AUTO_CAST_HEADROOM = 8, 4
 """How many powers of two `auto` keeps between the peak that it expects and the largest float16: of a product
@@ -32,7 +36,61 @@ AUTO_DEVIATIONS = 8.0
 """How many standard deviations above its largest term a sum of products is expected to reach at most."""
 
 
-def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int, *, backoff: int = 0) -> int:
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a rule makes of a measurement, and all that is kept of one: how far gx may be scaled.
+
+    wanted: the shift at which hardly any element underflows; -inf where none would help. safe: the largest at
+        which none overflows; inf where gx is zero, -inf where a measured array is not finite. Both are of
+        the true gradient, and integers where they are finite.
+    zeros: the share of gy's elements that are zero.
+    room: the largest shift that float16 weights carry without overflow, also where they were measured before
+        the last updates.
+    """
+
+    wanted: float = -math.inf
+    safe: float = math.inf
+    zeros: float = 0.0
+    room: float = math.inf
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element was that was measured."""
+        return self.safe > -math.inf
+
+    def merged(self, other: Range) -> Range:
+        """The range of several gradients: as far as the smallest of them wants, if it is safe for all."""
+        return Range(
+            max(self.wanted, other.wanted),
+            min(self.safe, other.safe),
+            max(self.zeros, other.zeros),
+            min(self.room, other.room),
+        )
+
+
+ANY = Range()
+"""The range of nothing at all."""
+
+
+def find_range(config: AdaLossConfig, exponent: int, measurement: Measurement) -> Range:
+    """The range of a layer whose measured gradient carries `exponent`.
+
+    Of what is not finite the figures mean nothing, and where every product is zero there is nothing to scale.
+    """
+    method, gradient = config.loss_scale_method, measurement.gradient
+    if method == "fixed":
+        return ANY
+    if not measurement.finite:
+        return Range(safe=-math.inf)
+    zeros = 1 - gradient.nonzero / gradient.size if gradient.nonzero < gradient.size else 0.0
+    if measurement.zero:
+        return Range(zeros=zeros)
+    wanted, safe = _RANGES[method](config, measurement)
+    room = floor_log2(_LARGEST / measurement.factor.largest) - 1
+    return Range(wanted + exponent, safe + exponent, zeros, room)
+
+
+def choose_shift(config: AdaLossConfig, found: Range, exponent: int, *, backoff: int = 0) -> int:
     """The shift, log2 of the layer's scale, for a gradient that arrives with `exponent`.
 
     backoff: by how many powers of two everything in flight has been lowered because of overflows; the rules
@@ -42,17 +100,17 @@ def choose_shift(config: AdaLossConfig, measurement: Measurement, exponent: int,
     hold for the paper's rules: they make the shift negative where a sum could overflow without, or where
     `exponent` alone is beyond `accum_upper_bound`.
     """
-    method = config.loss_scale_method
-    if method == "fixed" or measurement.zero or not measurement.finite:
+    if math.isinf(found.safe):
         return 0
-    if method == "auto":
-        return _auto_shift(measurement) - backoff
-    wanted = max(_SUFFICIENT_SCALES[method](config, measurement) * 2.0**-backoff, 1.0)
-    safe = FLOAT16.max / (measurement.fan * measurement.largest_term) * 2.0**-backoff
-    shift = floor_log2(min(wanted, safe, config.scale_upper_bound or math.inf))
-    if config.accum_upper_bound is None:
-        return shift
-    return min(shift, floor_log2(config.accum_upper_bound) - backoff - exponent)
+    carried = exponent + backoff
+    if config.loss_scale_method == "auto":
+        return int(found.safe) - carried
+    shift = int(min(max(found.wanted - carried, 0), found.safe - carried))
+    if config.scale_upper_bound is not None:
+        shift = min(shift, floor_log2(config.scale_upper_bound))
+    if config.accum_upper_bound is not None:
+        shift = min(shift, floor_log2(config.accum_upper_bound) - carried)
+    return shift
 
 
 def floor_log2(value: float) -> int:
@@ -60,37 +118,57 @@ def floor_log2(value: float) -> int:
     return math.frexp(value)[1] - 1
 
 
-def _scale_for_share(config: AdaLossConfig, measurement: Measurement) -> float:
+def _range_for_share(config: AdaLossConfig, measurement: Measurement) -> tuple[float, float]:
     """`approx_range`: the scale at which a share `n_uf` of the elements lies below the smallest float16,
     taking them for normal around zero, or at a cast, if so configured, for log-normal."""
     gradient = measurement.gradient
     if measurement.cast and config.cast_distribution == "log_normal":
         mean, deviation = gradient.log_moments
-        return FLOAT16.smallest_subnormal / math.exp(mean + deviation * NormalDist().inv_cdf(config.n_uf))
-    terms = 1 if measurement.cast else measurement.fan / 2  # ReLU zeroes half of them
-    sigma = math.sqrt(gradient.mean_square * measurement.factor.mean_square * terms)
-    if not sigma:
-        return 1.0  # so small that not even float64 holds the squares
-    # The normal quantile at (1 + p) / 2 is sqrt(2) * erfinv(p).
-    return FLOAT16.smallest_subnormal / (NormalDist().inv_cdf((1 + config.n_uf) / 2) * sigma)
+        low = math.exp(mean + deviation * _normal_quantile(config.n_uf))
+    else:
+        terms = 1 if measurement.cast else measurement.fan / 2  # ReLU zeroes half of them
+        sigma = math.sqrt(gradient.mean_square * measurement.factor.mean_square * terms)
+        # The normal quantile at (1 + p) / 2 is sqrt(2) * erfinv(p).
+        low = _normal_quantile((1 + config.n_uf) / 2) * sigma
+    return _shift_for_smallest(low), _safe_shift(measurement)
 
 
-def _scale_for_smallest(config: AdaLossConfig, measurement: Measurement) -> float:
+def _range_for_smallest(config: AdaLossConfig, measurement: Measurement) -> tuple[float, float]:
     """`abs_range`, `element_wise_range`: the scale at which the smallest product is the smallest float16."""
-    return FLOAT16.smallest_subnormal / measurement.smallest_term
+    return _shift_for_smallest(measurement.smallest_term), _safe_shift(measurement)
 
 
-_SUFFICIENT_SCALES: dict[str, Callable[[AdaLossConfig, Measurement], float]] = {
-    "approx_range": _scale_for_share,
-    "abs_range": _scale_for_smallest,
-    "element_wise_range": _scale_for_smallest,
-}
-
-
-def _auto_shift(measurement: Measurement) -> int:
-    """Bring the peak that gx may reach to a fixed distance below the largest float16, up or down."""
+def _range_of_peak(config: AdaLossConfig, measurement: Measurement) -> tuple[float, float]:
+    """`auto`: the scale that brings the peak which gx may reach to a fixed distance below the largest
+    float16, up or down."""
     fan, term = measurement.fan, measurement.largest_term
     deviation = math.sqrt(measurement.gradient.mean_square * measurement.factor.mean_square * fan)
     peak = min(fan * term, term + AUTO_DEVIATIONS * deviation)
-    headroom = AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM
-    return floor_log2(FLOAT16.max / peak) - headroom
+    shift = floor_log2(_LARGEST / peak) - (AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM)
+    return shift, shift
+
+
+_RANGES: dict[str, Callable[[AdaLossConfig, Measurement], tuple[float, float]]] = {
+    "approx_range": _range_for_share,
+    "abs_range": _range_for_smallest,
+    "element_wise_range": _range_for_smallest,
+    "auto": _range_of_peak,
+}
+"""What each rule makes of a measurement that is finite and not zero: `Range.wanted` and `Range.safe` of the
+measured gradient."""
+
+
+def _shift_for_smallest(magnitude: float) -> float:
+    """The shift that brings a magnitude to the smallest float16, rounded down; none if it is so small that
+    not even float64 holds it."""
+    return floor_log2(_SMALLEST / magnitude) if magnitude else -math.inf
+
+
+def _safe_shift(measurement: Measurement) -> int:
+    """The largest shift at which no sum overflows, even if all of its terms are the largest."""
+    return floor_log2(_LARGEST / (measurement.fan * measurement.largest_term))
+
+
+@functools.cache
+def _normal_quantile(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from operator import itemgetter
 from types import ModuleType
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -30,18 +31,17 @@ DOT = 1 << 13
 """Elements of one dot product."""
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(NamedTuple):
     """Statistics of an array; where `finite` is False, the other figures mean nothing.
 
-    count, nonzero: how many elements there are, and how many are not zero.
+    size, nonzero: how many elements there are, and how many are not zero.
     sum_squares: the sum of the squares.
     largest: the largest magnitude, 0 where every element is zero.
     smallest: the smallest nonzero magnitude, 0 where every element is zero; 0 unless asked for.
     sum_logs, sum_squared_logs: sums of ln|x| and (ln|x|)^2 over the nonzero elements; 0 unless asked for.
     """
 
-    count: int
+    size: int
     nonzero: int
     sum_squares: float
     largest: float
@@ -53,7 +53,7 @@ class Statistics:
     @property
     def mean_square(self) -> float:
         """E[x^2] over all elements, zeros included."""
-        return self.sum_squares / self.count if self.count else 0.0
+        return self.sum_squares / self.size if self.size else 0.0
 
     @property
     def log_moments(self) -> tuple[float, float]:
@@ -62,32 +62,6 @@ class Statistics:
             return 0.0, 0.0
         mean = self.sum_logs / self.nonzero
         return mean, math.sqrt(max(0.0, self.sum_squared_logs / self.nonzero - mean * mean))
-
-    def scaled(self, shift: int) -> Statistics:
-        """Statistics of the array times 2**shift.
-
-        A figure that would leave the range of Python's floats stops at its end, so that what is not zero
-        stays so, and finite. The sums of logarithms mean nothing afterwards unless they were asked for.
-        """
-        if not self.finite:
-            return self
-        moved = shift * math.log(2)
-        return replace(
-            self,
-            sum_squares=_ldexp(self.sum_squares, 2 * shift),
-            largest=_ldexp(self.largest, shift),
-            smallest=_ldexp(self.smallest, shift),
-            sum_logs=self.sum_logs + self.nonzero * moved,
-            sum_squared_logs=self.sum_squared_logs + moved * (2 * self.sum_logs + self.nonzero * moved),
-        )
-
-
-def _ldexp(value: float, shift: int) -> float:
-    """value * 2**shift for a value of at least 0, held between the smallest and the largest Python float."""
-    try:
-        return max(math.ldexp(value, shift), math.ulp(0.0)) if value else 0.0
-    except OverflowError:
-        return sys.float_info.max
 
 
 # Arrays without dimensions, because they are cheaper operands than scalars.
@@ -120,12 +94,16 @@ def _module_of_class(cls: Any) -> ModuleType:
 class OnDevice(Generic[T]):
     """A result whose figures a GPU still computes.
 
-    figures: a vector of float64 on the device.
-    build: makes the result of them.
+    vectors: of float64 on the device, which hold the figures. build: makes the result of them, in order.
     """
 
-    figures: Any
+    vectors: tuple[Any, ...]
     build: Callable[[list[float]], T]
+
+    @property
+    def count(self) -> int:
+        """How many figures there are."""
+        return sum(vector.size for vector in self.vectors)
 
 
 Begun: TypeAlias = T | OnDevice[T]
@@ -134,13 +112,29 @@ Begun: TypeAlias = T | OnDevice[T]
 
 def fetch(begun: Sequence[Begun[T]]) -> list[T]:
     """The results of everything begun, in the same order; one transfer brings all of a GPU over."""
-    waiting = [each for each in begun if isinstance(each, OnDevice)]
-    if not waiting:
+    vectors = _vectors(begun)
+    if not vectors:
         return list(begun)  # type: ignore[arg-type]
-    vectors = [each.figures for each in waiting]
-    figures = iter(module_of(vectors[0]).concatenate(vectors).tolist())
+    return _built(begun, module_of(vectors[0]).concatenate(vectors).tolist())
+
+
+def combine(build: Callable[..., T], *parts: Begun[Any]) -> Begun[T]:
+    """What `build` makes of several results: at once where all are ready, else when it is fetched."""
+    vectors = _vectors(parts)
+    if not vectors:
+        return build(*parts)
+    return OnDevice(tuple(vectors), lambda figures: build(*_built(parts, figures)))
+
+
+def _vectors(begun: Sequence[Begun[Any]]) -> list[Any]:
+    return [vector for each in begun if isinstance(each, OnDevice) for vector in each.vectors]
+
+
+def _built(begun: Sequence[Begun[T]], figures: list[float]) -> list[T]:
+    """The results, given the figures of those that a GPU has computed."""
+    remaining = iter(figures)
     return [
-        each.build(list(islice(figures, each.figures.size))) if isinstance(each, OnDevice) else each
+        each.build(list(islice(remaining, each.count))) if isinstance(each, OnDevice) else each
         for each in begun
     ]
 
@@ -189,7 +183,7 @@ def begin_product_extremes(gy_rows: Any, weight_rows: Any) -> Begun[tuple[float,
         low = xp.where(meets, gy_low * weight_low, np.inf).min()
         high = (gy_high * weight_high).max()
     figures = xp.stack([low, high])
-    return _product_extremes(figures.tolist()) if xp is np else OnDevice(figures, _product_extremes)
+    return _product_extremes(figures.tolist()) if xp is np else OnDevice((figures,), _product_extremes)
 
 
 def _product_extremes(figures: list[float]) -> tuple[float, float]:
@@ -218,6 +212,13 @@ def largest_magnitude(array: Any) -> float:
     return float(abs(array).max())
 
 
+def begin_largest(array: Any) -> Begun[float]:
+    """What `largest_magnitude` finds, without waiting for a GPU."""
+    if not array.size or module_of(array) is np:
+        return largest_magnitude(array)
+    return OnDevice((device_statistics.figures(module_of(array), array, False),), itemgetter(_LARGEST))
+
+
 def all_finite(arrays: list[Any]) -> bool:
     """Whether every element of every array is finite; on a GPU with one transfer for all of them."""
     on_host = [array for array in arrays if module_of(array) is np]
@@ -237,7 +238,7 @@ def merge(parts: list[Statistics]) -> Statistics:
     if not all(part.finite for part in parts):
         return UNUSABLE
     return Statistics(
-        count=sum(part.count for part in parts),
+        size=sum(part.size for part in parts),
         nonzero=sum(part.nonzero for part in parts),
         sum_squares=sum(part.sum_squares for part in parts),
         largest=max((part.largest for part in parts), default=0.0),
@@ -293,7 +294,11 @@ def _sum_squares(vector: np.ndarray) -> float:
 
 def _begin_on_device(array: Any, smallest: bool, logs: bool) -> OnDevice[Statistics]:
     figures = device_statistics.figures(module_of(array), array, logs)
-    return OnDevice(figures, partial(_from_figures, array.size, smallest))
+    return OnDevice((figures,), partial(_from_figures, array.size, smallest))
+
+
+_LARGEST = 2
+"""The place of the largest magnitude among the figures that a GPU computes."""
 
 
 def _from_figures(count: int, smallest: bool, figures: list[float]) -> Statistics:

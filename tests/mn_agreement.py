@@ -8,8 +8,8 @@ import chainer
 import numpy as np
 
 from helpers import dtype
-from mn_training import BATCH, no_norm, prepared, steps
-from toy import training
+from mn_training import BATCH, no_norm, prepared, share, steps
+from toy import batch, masters, training
 
 
 class Counting:
@@ -74,17 +74,55 @@ def exponents(comm: Any) -> dict[str, Any]:
     }
 
 
+class Listening:
+    """An MPI communicator that keeps what this rank has told of its last step."""
+
+    def __init__(self, mpi_comm: Any) -> None:
+        self._mpi_comm = mpi_comm
+        self.told: Any = None
+
+    def allreduce(self, mine: Any, **kwargs: Any) -> Any:
+        self.told = mine
+        return self._mpi_comm.allreduce(mine, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mpi_comm, name)
+
+
 def delayed(comm: Any) -> dict[str, Any]:
-    """Measurements and shifts of ranks whose gradients differ in size, after some steps of delayed timing."""
+    """What ranks whose gradients differ in size know after some steps of delayed timing, and what each would
+    know on its own."""
+    mpi_comm, comm.mpi_comm = comm.mpi_comm, Listening(comm.mpi_comm)
     with dtype("mixed16"):
         target = training(method="auto", timing="delayed", norm=no_norm)
-        steps(target, prepared(target, comm), comm, [4.0 ** np.arange(BATCH)] * 3)
-    measured = {d.site.path + str(d.site.call): d.measurement for d in target.model.decisions}
+        steps(target, prepared(target, comm), comm, [2.0 ** np.arange(BATCH)] * 3)
+    own, comm.mpi_comm = comm.mpi_comm.told.ranges, mpi_comm
+    decisions = target.model.decisions
     return {
-        **{f"shift {d.site.path} {d.site.call}": np.array(d.shift) for d in target.model.decisions},
-        **{f"largest {path}": np.array(m.largest_term) for path, m in measured.items()},
-        "counts": np.array([m.gradient.count for m in measured.values()]),
+        "shifts": np.array([d.shift for d in decisions]),
+        "safe": np.array([d.range.safe for d in decisions]),
+        "own": np.array([own[d.site].safe for d in decisions]),
     }
+
+
+def accumulation(comm: Any) -> dict[str, Any]:
+    """What is known, and what became of the parameters, after every one of some delayed steps of several
+    backward passes each."""
+    with dtype("mixed16"):
+        target = training(method="auto", timing="delayed", norm=no_norm)
+        optimizer = prepared(target, comm)
+        steps(target, optimizer, comm, [1])
+        rng, found = np.random.default_rng(51), {}
+        for step in range(3):
+            target.cleargrads()
+            for magnitude in (1.0, 64.0, 0.125):
+                x, t = batch(rng, BATCH)
+                target(*share((x, t * magnitude * 2.0 ** np.arange(BATCH)[:, None]), comm)).backward()
+            optimizer.update()
+            known = [[d.shift, d.exponent, d.range.safe, d.range.wanted] for d in target.model.decisions]
+            found[f"known after step {step}"] = np.array(known)
+            found |= {f"{path} after step {step}": array for path, array in masters(target).items()}
+    return found
 
 
 def statistics(comm: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.config import METHODS
 from helpers import dtype
-from mn_agreement import communication, delayed, exponents, statistics
+from mn_agreement import accumulation, communication, delayed, exponents, statistics
 from mn_training import BATCH, no_norm, outcome, prepared, share, steps
 from toy import batch, masters, training, values
 
@@ -273,6 +273,7 @@ SEVERAL: dict[str, Any] = {
     "exponents": exponents,
     "statistics": statistics,
     "delayed": delayed,
+    "accumulation": accumulation,
     **{
         f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
     },

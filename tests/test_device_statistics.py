@@ -49,7 +49,7 @@ def sparse(rng, shape, dtype, log2_range=(-24, 12)):
 
 
 def assert_same(found, expected):
-    assert (found.count, found.nonzero, found.finite) == (expected.count, expected.nonzero, True)
+    assert (found.size, found.nonzero, found.finite) == (expected.size, expected.nonzero, True)
     assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
     assert found.sum_squares == pytest.approx(expected.sum_squares, rel=1e-6)
     assert found.sum_logs == pytest.approx(expected.sum_logs, rel=1e-6)

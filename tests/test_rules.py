@@ -8,7 +8,7 @@ import pytest
 
 from ada_loss.config import METHODS, AdaLossConfig
 from ada_loss.measurement import measure
-from ada_loss.rules import choose_shift
+from ada_loss.rules import choose_shift, find_range
 
 U_MIN, U_MAX = 2.0**-24, 65504.0
 UNBOUNDED = AdaLossConfig(scale_upper_bound=None, accum_upper_bound=None)
@@ -20,7 +20,12 @@ def unbounded(method, **settings):
 
 
 def shift_of(config, gy, weight, fan=1, exponent=0, **options):
-    return choose_shift(config, measure(config, gy, weight, fan, **options), exponent)
+    return shift_by(config, measure(config, gy, weight, fan, **options), exponent)
+
+
+def shift_by(config, measurement, exponent=0, **options):
+    """The shift for the measured gradient itself, which carries `exponent`."""
+    return choose_shift(config, find_range(config, exponent, measurement), exponent, **options)
 
 
 def gaussian_layer(rng, *, batch=4000, outputs=128, inputs=250, gy_scale=1e-4, weight_scale=1e-4, mask=True):
@@ -192,7 +197,7 @@ def test_element_wise_range_knows_the_extremes_of_the_products(gy_shape, weight_
         assert measurement.smallest_term == products.min()
         assert measurement.largest_term == products.max()
         expected = rounded_down(min(max(1, U_MIN / products.min()), U_MAX / (54 * products.max())))
-        assert choose_shift(unbounded("element_wise_range"), measurement, 0) == expected
+        assert shift_by(unbounded("element_wise_range"), measurement) == expected
 
 
 def test_element_wise_range_leaves_out_weights_that_meet_only_zeros():
@@ -258,7 +263,7 @@ def test_scales_are_rounded_down_to_a_power_of_two():
 def test_a_lowered_gradient_is_not_scaled_back_up(method):
     gy, weight = gaussian_layer(np.random.default_rng(15), batch=50)
     measured = [measure(unbounded(method), gy * np.float32(2.0**-b), weight, 128) for b in (0, 3)]
-    shifts = [choose_shift(unbounded(method), m, 0, backoff=b) for m, b in zip(measured, (0, 3), strict=True)]
+    shifts = [shift_by(unbounded(method), m, backoff=b) for m, b in zip(measured, (0, 3), strict=True)]
     assert shifts[0] == shifts[1]
 
 

@@ -13,6 +13,7 @@ from ada_loss.statistics import (
     Statistics,
     begin,
     begin_product_extremes,
+    combine,
     fetch,
     largest_magnitude,
     merge,
@@ -35,7 +36,7 @@ def assert_summary_is_float64s(x):
     present = exact[exact > 0]
     found = summarize(x, smallest=True, logs=True)
     assert found.finite
-    assert (found.count, found.nonzero) == (x.size, present.size)
+    assert (found.size, found.nonzero) == (x.size, present.size)
     assert (found.largest, found.smallest) == (present.max(), present.min())
     assert found.sum_squares == pytest.approx(np.square(present).sum(), rel=1e-5)
     mean, deviation = found.log_moments
@@ -88,7 +89,7 @@ def test_one_element_that_is_not_finite_is_seen(dtype, bad, position):
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (CHUNK + 1,)])
 def test_all_zero_arrays_have_no_extremes(shape):
     found = summarize(-np.zeros(shape, np.float16), smallest=True, logs=True)
-    assert (found.finite, found.nonzero, found.count) == (True, 0, math.prod(shape))
+    assert (found.finite, found.nonzero, found.size) == (True, 0, math.prod(shape))
     assert (found.largest, found.smallest, found.mean_square, found.log_moments) == (0, 0, 0, (0, 0))
 
 
@@ -118,7 +119,7 @@ class Device(np.ndarray):
 
 
 def on_device(*figures):
-    return OnDevice(np.array(figures, np.float64).view(Device), sum)
+    return OnDevice((np.array(figures, np.float64).view(Device),), sum)
 
 
 def test_everything_begun_comes_over_in_one_transfer_and_in_order(monkeypatch):
@@ -140,24 +141,17 @@ def test_on_the_host_what_was_begun_is_ready():
     assert fetch([begin(x), NOTHING]) == [summarize(x), NOTHING]
 
 
-@pytest.mark.parametrize("shift", [-30, -1, 0, 7, 40])
-def test_scaled_statistics_are_those_of_the_scaled_array(shift):
-    x = spread(1000, np.float64, seed=12)
-    found = summarize(x, smallest=True, logs=True).scaled(shift)
-    expected = summarize(np.ldexp(x, shift), smallest=True, logs=True)
-    assert (found.count, found.nonzero, found.finite) == (expected.count, expected.nonzero, True)
-    assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
-    assert found.sum_squares == expected.sum_squares
-    assert found.log_moments == pytest.approx(expected.log_moments, rel=1e-9)
+def test_what_is_made_of_several_results_comes_over_in_one_transfer(monkeypatch):
+    monkeypatch.setattr("ada_loss.statistics.module_of", lambda array: DeviceModule)
+    Device.transfers = 0
+    inner = combine(lambda a, b: a * b, on_device(1, 2), 10)
+    outer = combine(lambda a, b, c: (a, b, c), "ready", inner, on_device(4, 5))
+    assert fetch([outer, on_device(7)]) == [("ready", 30, 9), 7]
+    assert Device.transfers == 1
 
 
-def test_scaled_statistics_stop_at_the_ends_of_the_range_of_floats():
-    found = summarize(np.array([0, 1, 8], np.float32), smallest=True)
-    assert found.scaled(5000).largest == np.finfo(np.float64).max
-    tiny = found.scaled(-5000)
-    assert tiny.smallest == tiny.largest == tiny.sum_squares == 2.0**-1074
-    assert summarize(np.zeros(3), smallest=True).scaled(5000).largest == 0
-    assert UNUSABLE.scaled(3) == UNUSABLE
+def test_what_is_made_of_ready_results_is_ready():
+    assert combine(max, 3, 4) == 4
 
 
 def test_merging_equals_summarizing_at_once():
@@ -167,7 +161,7 @@ def test_merging_equals_summarizing_at_once():
     ]
     whole = summarize(np.concatenate([x, np.zeros(7, np.float32)]), smallest=True, logs=True)
     merged = merge(parts)
-    assert (merged.count, merged.nonzero) == (whole.count, whole.nonzero)
+    assert (merged.size, merged.nonzero) == (whole.size, whole.nonzero)
     assert (merged.largest, merged.smallest) == (whole.largest, whole.smallest)
     assert merged.sum_squares == pytest.approx(whole.sum_squares)
     assert merged.log_moments == pytest.approx(whole.log_moments)

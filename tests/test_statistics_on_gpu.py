@@ -18,7 +18,7 @@ def rng():
 
 
 def assert_same(found, expected):
-    assert (found.count, found.nonzero, found.finite) == (expected.count, expected.nonzero, expected.finite)
+    assert (found.size, found.nonzero, found.finite) == (expected.size, expected.nonzero, expected.finite)
     assert (found.largest, found.smallest) == (expected.largest, expected.smallest)
     assert found.sum_squares == pytest.approx(expected.sum_squares, rel=1e-5)
     assert found.log_moments == pytest.approx(expected.log_moments, rel=1e-5, abs=1e-5)

@@ -205,7 +205,7 @@ def _decided(
     for product in products_of(function):
         if product.data in targets:
             chosen = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
-            gx = input_gradient(function, product, gy, chosen.shift, chosen.measurement.factor.largest)
+            gx = input_gradient(function, product, gy, chosen.shift, chosen.range.room)
             found[product.data] = (gx, exponent + chosen.shift)
     if tag.scope.scales_sums(tag.point):
         backoff = tag.scope.policy.entry.backoff

@@ -30,8 +30,6 @@ from chainer.functions.noise.simplified_dropconnect import SimplifiedDropconnect
 
 from ada_loss.casting import cast
 from ada_loss.chainer.gradient import shifted
-from ada_loss.formats import FLOAT16
-from ada_loss.rules import floor_log2
 from ada_loss.statistics import module_of
 
 _MOST_CARRIED = 60
@@ -151,14 +149,14 @@ def enters_float16(function: chainer.FunctionNode) -> bool:
     )
 
 
-def input_gradient(function: Any, product: Product, gy: Any, shift: int, largest: float = FLOAT16.max) -> Any:
+def input_gradient(function: Any, product: Product, gy: Any, shift: int, room: float = 0) -> Any:
     """The gradient of input `product.data` times 2**shift, in that input's dtype, from gy, an array.
 
-    largest: what no weight's magnitude exceeds.
+    room: the largest shift that the weights carry in float16.
     """
     if shift == 0:
         return backward_arrays(function, (product.data,), (gy,))[0]
-    weight, gy = _scaled_operands(weight_of(function, product), gy, shift, largest)
+    weight, gy = _scaled_operands(weight_of(function, product), gy, shift, room)
     gx = backward_with_weight(function, product, weight, product.data, gy)
     return cast(gx, function.inputs[product.data].dtype)
 
@@ -201,11 +199,11 @@ def backward_arrays(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...
     return tuple(None if gx is None else gx.raw_array for gx in gxs)
 
 
-def _scaled_operands(weight: Any, gy: Any, shift: int, largest: float) -> tuple[Any, Any]:
+def _scaled_operands(weight: Any, gy: Any, shift: int, room: float) -> tuple[Any, Any]:
     """Weight and gy with a product 2**shift times as large: the weight is scaled wherever that is exact.
 
     On NumPy a float16 weight becomes float32, in which the product is computed anyway. On a GPU, where both
-    stay float16, it is scaled up as far as `largest` allows; a shift down is the gradient's.
+    stay float16, it is scaled up as far as there is `room`; a shift down is the gradient's.
     """
     if weight.dtype != np.float16:
         # Wide formats hold gradients so small that a weight cannot carry the whole shift.
@@ -213,11 +211,5 @@ def _scaled_operands(weight: Any, gy: Any, shift: int, largest: float) -> tuple[
         return shifted(weight, carried), shifted(gy, shift - carried)
     if module_of(weight) is np:
         return shifted(weight, shift, np.float32), gy
-    carried = carried_in_float16(shift, largest)
+    carried = int(max(0, min(shift, room)))
     return shifted(weight, carried), shifted(gy, shift - carried)
-
-
-def carried_in_float16(shift: int, largest: float) -> int:
-    """How much of a shift float16 weights of about `largest` carry without rounding or overflow, also where
-    that was measured before the last updates."""
-    return max(0, min(shift, floor_log2(FLOAT16.max / largest) - 1))

@@ -21,7 +21,7 @@ from ada_loss.chainer.optimizer import (
 )
 from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter
-from ada_loss.chainer.policy import Measurements
+from ada_loss.chainer.policy import Learned
 from ada_loss.formats import FLOAT16
 from ada_loss.statistics import largest_magnitude
 
@@ -67,7 +67,7 @@ class PreparedMultiNodeOptimizer:
                 parameter.reclaim(exponent)
         for scope in scopes(target):
             if scope.config.timing == "delayed":
-                scope.policy.learn(partial(agreed_measurements, communicator=self.communicator))
+                scope.policy.learn(partial(agreed_by_all, communicator=self.communicator))
         self.actual_optimizer.update()
 
     def is_changed(self, target: chainer.Link) -> bool:
@@ -148,14 +148,9 @@ def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: An
     return exponents
 
 
-def agreed_measurements(mine: Measurements, *, communicator: Any) -> Measurements:
+def agreed_by_all(mine: Learned, *, communicator: Any) -> Learned:
     """What all ranks have measured, each site's taken together; with it they choose the same shifts."""
-    return communicator.mpi_comm.allreduce(mine, op=_merged)
-
-
-def _merged(mine: Measurements, other: Measurements) -> Measurements:
-    both = {site: measurement.merged(other[site]) for site, measurement in mine.items() if site in other}
-    return mine | other | both
+    return communicator.mpi_comm.allreduce(mine, op=Learned.merged)
 
 
 def at_agreed_exponent(gradient: InFlight, communicator: Any) -> InFlight:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from ada_loss.chainer import passes
 from ada_loss.chainer.branches import FanOut
@@ -16,35 +16,39 @@ from ada_loss.chainer.gradient import HEADROOM, InFlight, Meeting, largest_magni
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
 from ada_loss.entry_scale import EntryScale
-from ada_loss.measurement import BegunMeasurement, Measurement, begin_measurement, finish
-from ada_loss.rules import choose_shift
-from ada_loss.statistics import Begun, Statistics, begin
+from ada_loss.measurement import begin_measurement
+from ada_loss.rules import ANY, Range, choose_shift, find_range
+from ada_loss.statistics import Begun, Statistics, begin, begin_largest, combine, fetch
+
+T = TypeVar("T")
 
 MEETING = "(meeting)"
 """The name of places at which gradients meet, in place of a layer's path."""
-
-_UNDECIDED = -1
-"""In place of a back-off: the shift is not that of the measurement yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A shift as it was last chosen, for a gradient that carried `exponent`.
 
-    method: the rule. backoff: of the entry scale at that time. measurement: of such a gradient, when one was
-    last measured.
+    method: the rule. range: what it made of the latest measurement, from which the next shift follows.
     """
 
     site: Site
     method: str
     exponent: int
-    backoff: int
     shift: int
-    measurement: Measurement
+    range: Range
 
 
-Measurements = dict[Site, Measurement]
-"""Of true gradients, by where they arrive."""
+class Learned(NamedTuple):
+    """What a process has measured in a step, by site: ranges, and the sizes of true gradients that met."""
+
+    ranges: dict[Site, Range]
+    peaks: dict[Site, float]
+
+    def merged(self, other: Learned) -> Learned:
+        """What both have measured, each site's taken together."""
+        return Learned(_union(self.ranges, other.ranges, Range.merged), _union(self.peaks, other.peaks, max))
 
 
 class ShiftPolicy:
@@ -66,7 +70,8 @@ class ShiftPolicy:
         self.decisions: dict[Site, Decision] = {}
         self.branches: tuple[FanOut, ...] | None = None
         self._peaks: dict[Site, float] = {}
-        self._begun: dict[Site, tuple[int, BegunMeasurement]] = {}
+        self._begun: dict[Site, Begun[Range]] = {}
+        self._begun_peaks: dict[Site, Begun[float]] = {}
         self._weights: dict[tuple[int, bool], tuple[Any, Begun[Statistics]]] = {}
         self._calls: Counter[str] = Counter()
         self._met: set[Site] = set()
@@ -98,18 +103,24 @@ class ShiftPolicy:
         self._met.add(site)
         config = self.settings(site, config)
         known = self.decisions.get(site)
-        if known is not None and known.method != config.loss_scale_method:
-            known = None
-        if known is None or self.iteration % config.update_per_n_iteration == 0:
-            summarize = self._begin_weight if parameter else begin
-            begun = begin_measurement(config, gy, weight, fan, channel_axis, summarize)
-            if known is not None and config.timing == "delayed":
-                self._begun[site] = exponent, begun
-            else:
-                return self._decide(site, config, finish([begun])[0], exponent)
-        if (known.exponent, known.backoff) == (exponent, self.entry.backoff):
-            return known
-        return self._decide(site, config, known.measurement.scaled(exponent - known.exponent), exponent)
+        found = known.range if known is not None and known.method == config.loss_scale_method else None
+        if found is None or self.iteration % config.update_per_n_iteration == 0:
+            summarize = self._begin_weight if parameter and self._calls[site.path] > 1 else begin
+            begun = combine(
+                partial(find_range, config, exponent),
+                begin_measurement(config, gy, weight, fan, channel_axis, summarize),
+            )
+            if found is None or config.timing == "current":
+                (found,) = fetch([begun])
+                begun = found
+            if config.timing == "delayed":
+                # Several passes over one graph come by here several times.
+                self._begun[site] = combine(Range.merged, self._begun.get(site, ANY), begun)
+        shift = choose_shift(config, found, exponent, backoff=self.entry.backoff)
+        decision = Decision(site, config.loss_scale_method, exponent, shift, found)
+        if found.finite:
+            self.decisions[site] = decision
+        return decision
 
     def meeting(self) -> Meeting:
         """What is known of gradients that meet in a backward pass, as all do in the same order in every step.
@@ -124,40 +135,37 @@ class ShiftPolicy:
     def _known_peaks(self, number: int, gradients: Sequence[InFlight]) -> list[float]:
         sites = [Site(MEETING, number, operand) for operand in range(len(gradients))]
         self._met.update(sites)
-        if not all(site in self._peaks for site in sites):
-            found = largest_magnitudes(gradients)
-            for site, peak, (_, exponent) in zip(sites, found, gradients, strict=True):
-                self._peaks[site] = math.ldexp(peak, -exponent)
-            return found
-        for site, (array, exponent) in zip(sites, gradients, strict=True):
-            self._begun[site] = exponent, BegunMeasurement(begin(array), None, 1, None)
-        return [math.ldexp(self._peaks[site], g.exponent) for site, g in zip(sites, gradients, strict=True)]
+        peaks = [combine(partial(_true_peak, g.exponent), begin_largest(g.array)) for g in gradients]
+        if all(site in self._peaks for site in sites):
+            found = [self._peaks[site] for site in sites]
+        else:
+            found = fetch(peaks)
+            peaks = [*found]
+            self._peaks.update(_finite(zip(sites, found, strict=True)))
+        self._begun_peaks.update(zip(sites, peaks, strict=True))
+        return [math.ldexp(peak, g.exponent) for peak, g in zip(found, gradients, strict=True)]
 
     def settings(self, site: Site, own: AdaLossConfig | None = None) -> AdaLossConfig:
         """The settings at a site; own: those of the site itself, if it has any."""
         return own or self.layers.get(site.path, self.config)
 
-    def learn(self, agree: Callable[[Measurements], Measurements] | None = None) -> None:
+    def learn(self, agree: Callable[[Learned], Learned] | None = None) -> None:
         """Let the next decisions follow from what has been begun to measure, with one transfer from a GPU.
 
-        agree: makes of this process's measurements those of all.
+        agree: makes of what this process has measured what all have.
         """
-        begun, self._begun = self._begun, {}
-        exponents = [exponent for exponent, _ in begun.values()]
-        found = finish([measurement for _, measurement in begun.values()])
-        learned = {
-            site: measurement.scaled(-exponent)
-            for site, exponent, measurement in zip(begun, exponents, found, strict=True)
-        }
-        for site, measurement in (agree(learned) if agree else learned).items():
+        found: list[Any] = fetch([*self._begun.values(), *self._begun_peaks.values()])
+        learned = Learned(
+            dict(zip(self._begun, found, strict=False)),
+            _finite(zip(self._begun_peaks, found[len(self._begun) :], strict=True)),
+        )
+        self._begun, self._begun_peaks = {}, {}
+        ranges, peaks = agree(learned) if agree else learned
+        for site, new in ranges.items():
             known = self.decisions.get(site)
-            if not measurement.finite:
-                continue
-            if known is not None:
-                measurement = measurement.scaled(known.exponent)
-                self.decisions[site] = replace(known, backoff=_UNDECIDED, measurement=measurement)
-            elif site in self._peaks:
-                self._peaks[site] = measurement.gradient.largest
+            if known is not None and new.finite:
+                self.decisions[site] = replace(known, range=new)
+        self._peaks.update((site, peak) for site, peak in peaks.items() if site in self._peaks)
 
     def end_step(self, *, finite: bool) -> None:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""
@@ -187,8 +195,7 @@ class ShiftPolicy:
     def to_json(self) -> str:
         """Everything that decides the next step."""
         decisions = [
-            [*d.site, d.method, d.exponent, d.backoff, d.shift, d.measurement.to_state()]
-            for d in self.decisions.values()
+            [*d.site, d.method, d.exponent, d.shift, astuple(d.range)] for d in self.decisions.values()
         ]
         state = {
             "iteration": self.iteration,
@@ -203,8 +210,8 @@ class ShiftPolicy:
         state = json.loads(text)
         try:
             decisions = [
-                Decision(Site(*place), method, exponent, backoff, shift, Measurement.from_state(measurement))
-                for *place, method, exponent, backoff, shift, measurement in state["decisions"]
+                Decision(Site(*place), method, exponent, shift, Range(*found))
+                for *place, method, exponent, shift, found in state["decisions"]
             ]
             peaks = {Site(*place): peak for *place, peak in state["peaks"]}
             entry, iteration = self.entry.restored(state["entry"]), state["iteration"]
@@ -216,6 +223,7 @@ class ShiftPolicy:
         self.iteration, self.entry, self._peaks = iteration, entry, peaks
         self.decisions = {decision.site: decision for decision in decisions}
         self._begun.clear()
+        self._begun_peaks.clear()
         self._weights.clear()
         self._calls.clear()
 
@@ -225,20 +233,25 @@ class ShiftPolicy:
 
     def __getstate__(self) -> dict[str, Any]:
         # What has been begun is begun on these very arrays, and not on their copies.
-        return vars(self) | {"_begun": {}, "_weights": {}}
-
-    def _decide(self, site: Site, config: AdaLossConfig, measurement: Measurement, exponent: int) -> Decision:
-        backoff = self.entry.backoff
-        shift = choose_shift(config, measurement, exponent, backoff=backoff)
-        decision = Decision(site, config.loss_scale_method, exponent, backoff, shift, measurement)
-        if measurement.finite:
-            self.decisions[site] = decision
-        return decision
+        return vars(self) | {"_begun": {}, "_begun_peaks": {}, "_weights": {}}
 
     def _begin_weight(self, weight: Any, *, smallest: bool) -> Begun[Statistics]:
-        """Statistics of a parameter, computed once in a step."""
+        """Statistics of a weight that is used several times in a step, computed once."""
         # The array is kept, so that no other one gets its id.
         key = id(weight), smallest
         if key not in self._weights:
             self._weights[key] = weight, begin(weight, smallest=smallest)
         return self._weights[key][1]
+
+
+def _true_peak(exponent: int, peak: float) -> float:
+    return math.ldexp(peak, -exponent)
+
+
+def _finite(peaks: Iterable[tuple[Site, float]]) -> dict[Site, float]:
+    return {site: peak for site, peak in peaks if math.isfinite(peak)}
+
+
+def _union(mine: dict[Site, T], other: dict[Site, T], both: Callable[[T, T], T]) -> dict[Site, T]:
+    """The values of both; at sites that both have, what is made of the two."""
+    return mine | other | {site: both(mine[site], other[site]) for site in mine.keys() & other.keys()}

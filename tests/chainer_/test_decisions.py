@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from chainer.functions.connection.linear import LinearFunction
 
+import pretended_gpu
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.chainer.decisions import carried_in_float16, input_gradient, is_decision, products_of
+from ada_loss.chainer.decisions import _scaled_operands, input_gradient, is_decision, products_of
 from ada_loss.chainer.gradient import shifted
-from ada_loss.config import TIMINGS
+from ada_loss.config import TIMINGS, AdaLossConfig
 from ada_loss.formats import FLOAT16
+from ada_loss.measurement import measure
+from ada_loss.rules import find_range
 
 PRODUCTS = {
     "linear": (F.linear, [(3, 6), (4, 6)]),
@@ -135,13 +138,16 @@ def test_subclasses_of_a_decision_point_are_decision_points():
 
 @pytest.mark.parametrize("shift", [-9, 0, 1, 7, 40])
 @pytest.mark.parametrize("size", [2.0**-20, 0.1, 3.0, 40000.0])
-def test_float16_weights_carry_of_a_shift_what_is_exact(shift, size, rng):
-    weight = (size * rng.uniform(-1, 1, 50)).astype(np.float16)
-    largest = float(np.abs(weight).max())
-    carried = carried_in_float16(shift, largest)
+def test_float16_weights_on_a_gpu_carry_of_a_shift_what_is_exact(shift, size, rng, monkeypatch):
+    pretended_gpu.pretend(monkeypatch)
+    gy, weight = np.ones((1, 50), np.float16), (size * rng.uniform(-1, 1, 50)).astype(np.float16)[:, None]
+    config = AdaLossConfig()
+    room = find_range(config, 0, measure(config, gy, weight, 50)).room
+    scaled, lowered = _scaled_operands(weight, gy, shift, room)
+    carried = int(np.log2(float(np.abs(scaled).max()) / float(np.abs(weight).max())))
     assert min(shift, 0) <= carried <= max(shift, 0)
-    scaled = shifted(weight, carried)
     np.testing.assert_array_equal(scaled.astype(np.float64), np.ldexp(weight.astype(np.float64), carried))
+    np.testing.assert_array_equal(lowered, shifted(gy, shift - carried))
     assert carried in (shift, 0) or 4 * np.abs(scaled.astype(np.float64)).max() > FLOAT16.max
 
 

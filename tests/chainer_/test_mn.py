@@ -11,7 +11,7 @@ import pytest
 
 import mn_program
 from ada_loss.config import METHODS
-from mn_training import BATCH, Alone, no_norm
+from mn_training import Alone, no_norm
 from toy import masters, training
 
 TESTS = Path(__file__).parents[1]
@@ -161,10 +161,16 @@ class TestAgreement:
         assert result["sizes"].tolist() == [result["parameters"]] * 3
 
     def test_with_delayed_timing_all_ranks_decide_by_what_all_have_measured(self, ranks):
-        result = ranks.the_same("delayed")
-        samples = BATCH
-        assert result["counts"].min() >= samples
-        assert any(name.startswith("shift") and shift for name, shift in result.items())
+        first, *others = results = ranks["delayed"]
+        own = np.array([result["own"] for result in results])
+        for other in others:
+            np.testing.assert_array_equal(other["shifts"], first["shifts"])
+        assert first["shifts"].any() and (own[0] != own[-1]).any()
+        for result in results:
+            np.testing.assert_array_equal(result["safe"], own.min(axis=0))
+
+    def test_with_delayed_timing_includes_all_backward_passes_of_a_step(self, ranks):
+        ranks.the_same("accumulation")
 
     def test_lends_gradients_that_can_be_added_in_float16(self, ranks):
         for result in ranks["exponents"]:

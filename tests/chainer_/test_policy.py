@@ -94,17 +94,17 @@ def test_delayed_gradients_in_float16_are_as_good_as_current_ones(rng):
 def test_a_delayed_backward_finishes_no_measurement_after_the_first_step(x, monkeypatch):
     model = scaled_stack(timing="delayed")
     step(model, x)
-    finish, finished = policy.finish, []
+    fetch, fetched = policy.fetch, []
 
-    def finish_outside(begun):
+    def fetch_outside(begun):
         assert not passes.running()
-        finished.append(len(begun))
-        return finish(begun)
+        fetched.append(len(begun))
+        return fetch(begun)
 
-    monkeypatch.setattr(policy, "finish", finish_outside)
+    monkeypatch.setattr(policy, "fetch", fetch_outside)
     sites = len(step(model, x))
     step(model, x)
-    assert sites == 5 and finished[0] == 0 and finished[1] >= sites
+    assert sites == 5 and len(fetched) == 2 and fetched[1] >= sites
 
 
 def test_a_measurement_that_is_not_finite_changes_no_delayed_shift(x):
@@ -113,6 +113,21 @@ def test_a_measurement_that_is_not_finite_changes_no_delayed_shift(x):
         before = step(model, x)
     step(model, x, np.inf)
     assert step(model, x) == before
+
+
+@pytest.mark.parametrize("factors", [(2.0**-12, 2.0**-6), (2.0**-6, 2.0**-12)])
+def test_all_backward_passes_over_a_graph_count_for_the_next_delayed_step(factors, x):
+    model, single = (scaled_stack(timing="delayed") for _ in range(2))
+    single.link.copyparams(model.link)
+    for each in model, single:
+        step(each, x)
+        each.cleargrads()
+    loss = F.sum(model(chainer.Variable(x)) ** 2)
+    for factor in factors:
+        (loss * factor).backward()
+    step(single, x, max(factors))
+    expected = step(single, x)
+    assert step(model, x) == expected
 
 
 def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
@@ -178,14 +193,16 @@ def test_weights_are_summarized_once_in_a_step(timing, x, monkeypatch):
 
 def test_weights_are_summarized_again_after_an_update(x):
     model = scaled_stack()
-    optimizer = prepared(model, chainer.optimizers.SGD(1.0))
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
     step(model, x)
-    before = {decision.site: decision.measurement.weight for decision in model.decisions}
+    before = {decision.site: decision.range.room for decision in model.decisions}
     optimizer.update()
+    for layer in model.link:
+        layer.W.array *= 8
     step(model, x)
     for decision in model.decisions:
-        if before[decision.site] is not None:
-            assert decision.measurement.weight != before[decision.site]
+        fewer = 0 if decision.site.path == "(entry)" else 3
+        assert decision.range.room == before[decision.site] - fewer
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,8 +15,7 @@ from ada_loss.chainer.policy import Decision
 from ada_loss.chainer.recorder import Site
 from ada_loss.config import METHODS, TIMINGS
 from ada_loss.entry_scale import EntryScale
-from ada_loss.measurement import Measurement
-from ada_loss.statistics import Statistics
+from ada_loss.rules import Range
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, Training, batch, masters, prepared, training, values
 
@@ -188,24 +187,20 @@ class TestAResumedTrainingIsTheUninterruptedOne:
             assert_same_bits(everything(optimizer, target), whole)
 
 
-COUNTS, NUMBERS = st.integers(0, 2**40), st.floats(0, allow_infinity=True)
-STATISTICS = st.builds(Statistics, *[COUNTS] * 2, *[NUMBERS] * 3, st.booleans(), *[st.floats(-1e9, 1e9)] * 2)
-MEASUREMENTS = st.builds(
-    Measurement, STATISTICS, st.none() | STATISTICS, COUNTS, st.none() | st.tuples(NUMBERS, NUMBERS)
-)
-EXPONENTS = st.integers(-200, 200)
+COUNTS, EXPONENTS = st.integers(0, 2**40), st.integers(-200, 200)
+ENDS = EXPONENTS | st.sampled_from([-np.inf, np.inf])
+RANGES = st.builds(Range, ENDS, ENDS, st.floats(0, 1), st.floats(0, allow_infinity=False))
 DECISIONS = st.builds(
     Decision,
     st.builds(Site, st.text(), COUNTS, COUNTS),
     st.sampled_from(METHODS),
     EXPONENTS,
     EXPONENTS,
-    EXPONENTS,
-    MEASUREMENTS,
+    RANGES,
 )
 ENTRY = {field.name: EXPONENTS for field in fields(EntryScale) if field.name not in ("initial", "interval")}
 
-NOT_SAVED = {"config", "layers", "branches", "_begun", "_weights", "_calls", "_met"}
+NOT_SAVED = {"config", "layers", "branches", "_begun", "_begun_peaks", "_weights", "_calls", "_met"}
 """What of a policy comes from the script that resumes, is found anew, or belongs to an unfinished step."""
 
 

@@ -45,9 +45,8 @@ def _layers(policy: ShiftPolicy) -> dict[str, float]:
     readings: dict[str, float] = {}
     for decision in policy.decisions.values():
         readings[f"shift{_name(decision)}"] = decision.shift
-        gradient = decision.measurement.gradient
-        if gradient.count:
-            readings[f"zeros{_name(decision)}"] = 1 - gradient.nonzero / gradient.count
+        if decision.method != "fixed":
+            readings[f"zeros{_name(decision)}"] = decision.range.zeros
     return readings
 
 
