@@ -98,7 +98,7 @@ class BackwardPass:
             _check_grad_type(function, node, True, gx.array)
             self._arrive(node, gx, tag)
         for node in dict.fromkeys(node for node, _ in found):
-            if not function.lazy_grad_sum:
+            if not function.lazy_grad_sum and len(self._gradients[node]) > 1:
                 self._gradients[node] = [_total(node, self._gradients[node], tag)]
             self._enqueue(node.creator_node)
 
@@ -122,9 +122,10 @@ class BackwardPass:
 
 def _total(node: Any, gradients: list[InFlight], tag: Tag | None = None) -> InFlight:
     """The sum of a variable's gradients; that of a parameter, which has no room to spare, in float32."""
-    return add(
-        gradients, _meeting(gradients, tag), wide=isinstance(node.get_variable_or_none(), chainer.Parameter)
-    )
+    if len(gradients) == 1:
+        return gradients[0]
+    wide = isinstance(node.get_variable_or_none(), chainer.Parameter)
+    return add(gradients, _meeting(tag), wide=wide)
 
 
 def _take_present(leaf: VariableNode) -> list[InFlight]:
@@ -159,16 +160,17 @@ def _with_hooks(
     return found
 
 
-def _meeting(gradients: list[InFlight], tag: Tag | None) -> Meeting:
+def _meeting(tag: Tag | None) -> Meeting:
     """What is known of gradients that meet at a function."""
-    return ANYWHERE if tag is None or len(gradients) == 1 else tag.scope.policy.meeting()
+    return ANYWHERE if tag is None else tag.scope.policy.meeting()
 
 
 def _aligned(gys: list[InFlight | None], tag: Tag | None) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
-    if not present:
-        return (None,) * len(gys), 0
-    arrays, exponent = align(present, _meeting(present, tag))
+    if len(present) > 1:
+        arrays, exponent = align(present, _meeting(tag))
+    else:
+        arrays, exponent = [gy.array for gy in present], sum(gy.exponent for gy in present)
     remaining = iter(arrays)
     return tuple(None if gy is None else next(remaining) for gy in gys), exponent
 
@@ -197,17 +199,22 @@ def _gradients(
 def _decided(
     function: Any, targets: tuple[int, ...], gy: Any, exponent: int, tag: Tag
 ) -> dict[int, tuple[Any, int]]:
-    """The gradients of those inputs for which a decision point chooses a shift, and their exponents."""
+    """The gradients of those inputs for which a decision point chooses a shift, and their exponents.
+
+    One that needs no treatment of its own is left to be computed with the other gradients.
+    """
     if enters_float16(function):
         shift = tag.scope.choose_for_cast(tag.point, gy, exponent).shift
         return {0: (shifted(gy, shift, np.float16), exponent + shift)}
     found = {}
+    scales_sums = tag.scope.scales_sums(tag.point)
     for product in products_of(function):
         if product.data in targets:
             chosen = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
-            gx = input_gradient(function, product, gy, chosen.shift, chosen.range.room)
-            found[product.data] = (gx, exponent + chosen.shift)
-    if tag.scope.scales_sums(tag.point):
+            if chosen.shift or scales_sums:
+                gx = input_gradient(function, product, gy, chosen.shift, chosen.range.room)
+                found[product.data] = (gx, exponent + chosen.shift)
+    if scales_sums:
         backoff = tag.scope.policy.entry.backoff
         found.update(parameter_gradients(function, targets, gy, exponent, backoff))
     return found

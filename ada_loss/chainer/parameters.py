@@ -85,10 +85,11 @@ class ScaledParameter(chainer.Parameter):
 
         In float16 it is not: the sums of several passes are kept in float32.
         """
-        present, (factor, exponent) = self._present(), _split(loss_scale)
-        if present is None or present.factor != factor or present.dtype != self.dtype:
+        present = self._present()
+        if present is None or self.dtype == np.float16:
             return None
-        if self.dtype == np.float16:
+        factor, exponent = _split(loss_scale)
+        if present.factor != factor or present.dtype != self.dtype:
             return None
         self._hold(None)
         return InFlight(present.gradient.array, present.gradient.exponent - exponent)
@@ -218,8 +219,11 @@ class ScaledParameter(chainer.Parameter):
     def _add(self, gradient: InFlight, loss_scale: float) -> None:
         factor, exponent = _split(loss_scale)
         present, new = self._present(), _Held(InFlight(gradient.array, gradient.exponent + exponent), factor)
+        if present is None:
+            self._hold(new)
+            return
         with chainer.using_device(self.device):
-            self._hold(new if present is None else _sum(present, new))
+            self._hold(_sum(present, new))
 
     def _present(self) -> _Held | None:
         """The gradient as it is: in flight, or true in Chainer's own place for gradients."""
