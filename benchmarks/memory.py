@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--models small resnet20 mlp100 ssd300] [--kernels auto] [--quick]
 
-Every figure comes from a process of its own, and from as many iterations, once entry scales have settled, as
-it takes a method to do everything that it does. Traced is the peak of what Python and NumPy hold during an
-iteration, network, optimizer and batch included; process is the peak of what the operating system gave, with
-all libraries and the start. On a GPU it is the peak of CuPy's pool.
+Every figure comes from a process of its own, and from ten iterations after entry scales have settled. Traced
+is the peak of what Python and NumPy hold during an iteration, network, optimizer and batch included; process
+is the peak of what the operating system gave, with all libraries and the start. On a GPU it is the peak of
+CuPy's pool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from machine import this_machine
 from program import chosen, parser, start
 from readme_tables import table
 from side_by_side import run
-from workloads import FIXED, METHODS, WORKLOADS, Training, settle, workload_of
+from workloads import CYCLE, FIXED, METHODS, WORKLOADS, Training, settle, workload_of
 
 from ada_loss.chainer import kernels
 
@@ -89,17 +89,10 @@ def measure(meter: Meter, model: str, method: str, options: argparse.Namespace) 
         batches = workload.batches(np.random.default_rng(options.seed), machine)
         settle([training], batches)
         settled()
-        for batch in islice(batches, 1 if options.quick else iterations(method)):
+        for batch in islice(batches, 1 if options.quick else CYCLE):
             run(training, batch)
 
     return meter(train)
-
-
-def iterations(method: str) -> int:
-    """In how many a method does everything that it does; with delayed timing each also uses what the one
-    before has measured."""
-    settings = METHODS[method] or {}
-    return max(2, settings.get("update_per_n_iteration", 1))
 
 
 def traced_peak(train: Train) -> int:
