@@ -104,7 +104,7 @@ class ShiftPolicy:
         config = self.settings(site, config)
         known = self.decisions.get(site)
         found = known.range if known is not None and known.method == config.loss_scale_method else None
-        if found is None or self.iteration % config.update_per_n_iteration == 0:
+        if found is None or self._is_due(config):
             summarize = self._begin_weight if parameter and self._calls[site.path] > 1 else begin
             begun = combine(
                 partial(find_range, config, exponent),
@@ -125,25 +125,31 @@ class ShiftPolicy:
     def meeting(self) -> Meeting:
         """What is known of gradients that meet in a backward pass, as all do in the same order in every step.
 
-        With delayed timing their sizes follow from those that met there in the step before.
+        With delayed timing, and between measurements, their sizes follow from those that met there before.
         """
         self._calls[MEETING] += 1
-        current = self.config.timing == "current"
-        peaks = largest_magnitudes if current else partial(self._known_peaks, self._calls[MEETING])
+        always = self.config.timing == "current" and self.config.update_per_n_iteration == 1
+        peaks = largest_magnitudes if always else partial(self._known_peaks, self._calls[MEETING])
         return Meeting(peaks, HEADROOM + self.entry.backoff)
 
     def _known_peaks(self, number: int, gradients: Sequence[InFlight]) -> list[float]:
         sites = [Site(MEETING, number, operand) for operand in range(len(gradients))]
         self._met.update(sites)
-        peaks = [combine(partial(_true_peak, g.exponent), begin_largest(g.array)) for g in gradients]
-        if all(site in self._peaks for site in sites):
-            found = [self._peaks[site] for site in sites]
-        else:
-            found = fetch(peaks)
-            peaks = [*found]
-            self._peaks.update(_finite(zip(sites, found, strict=True)))
-        self._begun_peaks.update(zip(sites, peaks, strict=True))
+        found = [self._peaks.get(site, math.nan) for site in sites]
+        unknown = any(map(math.isnan, found))
+        if unknown or self._is_due(self.config):
+            begun = [combine(partial(_true_peak, g.exponent), begin_largest(g.array)) for g in gradients]
+            if unknown or self.config.timing == "current":
+                found = fetch(begun)
+                begun = [*found]
+                self._peaks.update(_finite(zip(sites, found, strict=True)))
+            if self.config.timing == "delayed":
+                self._begun_peaks.update(zip(sites, begun, strict=True))
         return [math.ldexp(peak, g.exponent) for peak, g in zip(found, gradients, strict=True)]
+
+    def _is_due(self, config: AdaLossConfig) -> bool:
+        """Whether something is to be measured in this iteration even if it has been before."""
+        return self.iteration % config.update_per_n_iteration == 0
 
     def settings(self, site: Site, own: AdaLossConfig | None = None) -> AdaLossConfig:
         """The settings at a site; own: those of the site itself, if it has any."""

@@ -145,7 +145,8 @@ def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
     assert last.shift == before[last.site] - 6
 
 
-def test_a_delayed_backward_looks_at_no_gradients_that_meet_after_the_first_step(x, monkeypatch):
+@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 3}])
+def test_gradients_that_meet_are_not_looked_at_where_nothing_is_to_be_decided(settings, x, monkeypatch):
     class Fan(chainer.Chain):
         def __init__(self):
             super().__init__(stack=Stack(), other=L.Linear(6, 6))
@@ -155,9 +156,10 @@ def test_a_delayed_backward_looks_at_no_gradients_that_meet_after_the_first_step
             return self.other(h) + F.concat([h, self.stack(h)])[:, :6]
 
     with dtype("mixed16"):
-        model = AdaLossScaled(Fan(), "approx_range", timing="delayed")
+        model = AdaLossScaled(Fan(), "approx_range", **settings)
     step(model, x)
     expected = model.true_gradients()
+    model.policy.iteration = 1
     for name in ("gradient", "policy", "backward", "sums"):
         module = sys.modules[f"ada_loss.chainer.{name}"]
         for look in ("largest_magnitude", "largest_magnitudes", "all_finite"):
