@@ -9,9 +9,9 @@ import pytest
 import pretended_gpu
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.config import TIMINGS
-from helpers import dtype
+from helpers import assert_same_as_float32, dtype, plain_gradients
 from toy import Twin, backward, batch, prepared, training
-from twins import assert_exact, weighted_sum
+from twins import DECIBEL, assert_exact, weighted_sum
 
 DECISIONS = 6
 """Places in `Net` where a shift is chosen."""
@@ -25,7 +25,10 @@ def gpu(monkeypatch):
 
 
 class Net(chainer.Chain):
-    """Convolutions of several kinds, normalization, a residual connection, fan-out and a matrix product."""
+    """Convolutions of several kinds, normalization, a residual connection, fan-out and a matrix product.
+
+    Nothing in it turns the other way because of rounding, as a ReLU would.
+    """
 
     def __init__(self):
         super().__init__()
@@ -37,9 +40,9 @@ class Net(chainer.Chain):
             self.head = L.Linear(4 * 8 * 8, 6)
 
     def forward(self, x):
-        h = F.relu(self.norm(self.stem(x)))
+        h = F.tanh(self.norm(self.stem(x)))
         h = h + self.grouped(h)
-        h = F.max_pooling_2d(self.up(h), 2)
+        h = F.average_pooling_2d(self.up(h), 2)
         y = self.head(h)
         return y, F.matmul(y, y, transa=True) * 0.1
 
@@ -105,3 +108,25 @@ def test_a_step_that_overflows_is_skipped_and_lowers_the_entry_scale(gpu, rng, t
         optimizer.update()
     assert optimizer.overflow.skipped == 1
     assert target.model.policy.entry != before
+
+
+def test_sums_too_large_for_the_scale_of_a_layer_lower_it_within_a_few_steps(gpu, rng):
+    narrow, wide = (L.Linear(4, 4) for _ in range(2))
+    narrow.copyparams(wide)
+    with dtype("mixed16"):
+        model = AdaLossScaled(chainer.Sequential(narrow), "auto")
+    for parameter in narrow.params():
+        parameter.array = parameter.array.astype(np.float16)
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
+    # All gradients point the same way, so that those of the parameters are thousands of times as large.
+    x = rng.uniform(1, 2, (5000, 4)).astype(np.float16)
+    for _ in range(20):
+        model.cleargrads()
+        F.sum(model(x)).backward()
+        optimizer.update()
+    assert 0 < optimizer.overflow.skipped < 15
+    model.cleargrads()
+    F.sum(model(x)).backward()
+    expected = plain_gradients(wide, lambda link: F.sum(link(x.astype(np.float32))))
+    found = {path.removeprefix("/0"): array for path, array in model.true_gradients().items()}
+    assert_same_as_float32(found, expected, db=DECIBEL)
