@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from ada_loss.config import METHODS, AdaLossConfig
@@ -66,6 +66,12 @@ class Range:
             max(self.zeros, other.zeros),
             min(self.room, other.room),
         )
+
+    def remembering(self, known: Range | None) -> Range:
+        """What to go by from now on: where there was nothing to scale, what was known before."""
+        if known is None or self.safe < math.inf or known.safe == math.inf:
+            return self
+        return replace(known, zeros=self.zeros)
 
 
 ANY = Range()

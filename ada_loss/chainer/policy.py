@@ -103,7 +103,8 @@ class ShiftPolicy:
         self._met.add(site)
         config = self.settings(site, config)
         known = self.decisions.get(site)
-        found = known.range if known is not None and known.method == config.loss_scale_method else None
+        before = known.range if known is not None and known.method == config.loss_scale_method else None
+        found = before
         if found is None or self._is_due(config):
             summarize = self._begin_weight if parameter and self._calls[site.path] > 1 else begin
             begun = combine(
@@ -117,7 +118,7 @@ class ShiftPolicy:
                 # Several passes over one graph come by here several times.
                 self._begun[site] = combine(Range.merged, self._begun.get(site, ANY), begun)
         shift = choose_shift(config, found, exponent, backoff=self.entry.backoff)
-        decision = Decision(site, config.loss_scale_method, exponent, shift, found)
+        decision = Decision(site, config.loss_scale_method, exponent, shift, found.remembering(before))
         if found.finite:
             self.decisions[site] = decision
         return decision
@@ -142,10 +143,14 @@ class ShiftPolicy:
             if unknown or self.config.timing == "current":
                 found = fetch(begun)
                 begun = [*found]
-                self._peaks.update(_finite(zip(sites, found, strict=True)))
+                self._remember(_finite(zip(sites, found, strict=True)))
             if self.config.timing == "delayed":
                 self._begun_peaks.update(zip(sites, begun, strict=True))
         return [math.ldexp(peak, g.exponent) for peak, g in zip(found, gradients, strict=True)]
+
+    def _remember(self, peaks: dict[Site, float]) -> None:
+        # A gradient that is zero once says nothing about the next.
+        self._peaks.update((site, peak) for site, peak in peaks.items() if peak or site not in self._peaks)
 
     def _is_due(self, config: AdaLossConfig) -> bool:
         """Whether something is to be measured in this iteration even if it has been before."""
@@ -170,8 +175,8 @@ class ShiftPolicy:
         for site, new in ranges.items():
             known = self.decisions.get(site)
             if known is not None and new.finite:
-                self.decisions[site] = replace(known, range=new)
-        self._peaks.update((site, peak) for site, peak in peaks.items() if site in self._peaks)
+                self.decisions[site] = replace(known, range=new.remembering(known.range))
+        self._remember({site: peak for site, peak in peaks.items() if site in self._peaks})
 
     def end_step(self, *, finite: bool) -> None:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""

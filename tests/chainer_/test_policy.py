@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossScaled, passes, policy
-from ada_loss.config import METHODS
+from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.policy import ShiftPolicy
+from ada_loss.config import METHODS, AdaLossConfig
 from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients
 from toy import batch, prepared, training
 
@@ -128,6 +130,28 @@ def test_all_backward_passes_over_a_graph_count_for_the_next_delayed_step(factor
     step(single, x, max(factors))
     expected = step(single, x)
     assert step(model, x) == expected
+
+
+@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
+def test_a_step_without_gradients_makes_nothing_be_forgotten(settings, x):
+    model, steady = scaled_stack(**settings), scaled_stack(**settings)
+    steady.link.copyparams(model.link)
+    optimizers = [prepared(each, chainer.optimizers.SGD(0.0)) for each in (model, steady)]
+    for factor in (1.0, 1.0, 0.0, 1.0):
+        shifts = step(model, x, factor), step(steady, x)
+        for optimizer in optimizers:
+            optimizer.update()
+    assert shifts[0] == shifts[1]
+
+
+@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
+def test_sizes_of_gradients_that_meet_are_remembered_over_a_step_without_any(settings):
+    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
+    for magnitude in (3.0, 3.0, 0.0, 5.0):
+        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
+        peaks = chosen.meeting().peaks(gradients)
+        chosen.end_step(finite=True)
+    assert peaks == [3.0, 3.0]
 
 
 def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
