@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import chainer
@@ -289,17 +289,14 @@ def true_gradients_on_masters(
     parameters: each once; uninitialized ones stay as they are. keep: ids of those whose gradient somebody may
     look at after their update.
     """
-    exposed = []
-    try:
+    # Every parameter that has been exposed is concealed, even if memory is too short for rounding another.
+    with ExitStack() as exposed:
         for parameter in parameters:
             if parameter.array is not None:
                 with chainer.using_device(parameter.device):
-                    exposed.append((parameter, _expose(parameter, fleeting=id(parameter) not in keep)))
+                    before = _expose(parameter, fleeting=id(parameter) not in keep)
+                exposed.callback(_conceal, parameter, *before)
         yield
-    finally:
-        for parameter, before in exposed:
-            with chainer.using_device(parameter.device):
-                _conceal(parameter, *before)
 
 
 def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, _Held | None, Any]:
@@ -316,12 +313,16 @@ def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, _Held |
 
 
 def _conceal(parameter: ScaledParameter, half: Any, in_flight: _Held | None, settled: Any) -> None:
-    if half.dtype == np.float16:
-        parameter.master = cast(parameter.array, np.float32)
-        half[...] = cast(parameter.master, np.float16)
-        parameter.array = half
-    parameter._set_grad_without_check(settled)
-    parameter._in_flight, parameter._plain, parameter._fleeting = in_flight, False, False
+    try:
+        if half.dtype == np.float16:
+            with chainer.using_device(parameter.device):
+                parameter.master = cast(parameter.array, np.float32)
+                half[...] = cast(parameter.master, np.float16)
+    finally:
+        if half.dtype == np.float16:
+            parameter.array = half
+        parameter._set_grad_without_check(settled)
+        parameter._in_flight, parameter._plain, parameter._fleeting = in_flight, False, False
 
 
 def _reconciled(master: Any, half: Any) -> Any:

@@ -112,6 +112,29 @@ class TestTrueGradientsOnMasters:
             with pytest.raises(RuntimeError, match=r"prepare\(optimizer\)"):
                 parameter.update()
 
+    @pytest.mark.parametrize("short", range(3))
+    def test_memory_that_is_short_at_the_end_of_an_update_leaves_the_others_updated(self, short, monkeypatch):
+        held = [a_parameter() for _ in range(3)]
+        for parameter in held:
+            parameter.receive(InFlight(np.float16([1, 2, 3]), 0), 1.0)
+        arrays, cast = [parameter.array for parameter in held], parameters.cast
+
+        def short_of_memory(array, dtype):
+            if array is held[short].master and dtype == np.float16:
+                raise MemoryError
+            return cast(array, dtype)
+
+        with pytest.raises(MemoryError), true_gradients_on_masters(held):
+            for parameter in held:
+                parameter.array += 1
+            monkeypatch.setattr(parameters, "cast", short_of_memory)
+        for index, (parameter, array) in enumerate(zip(held, arrays, strict=True)):
+            assert parameter.array is array and array.tolist() == [2 - (index == short)] * 3
+            assert parameter.true_gradient().tolist() == [1, 2, 3]
+            parameter.update_rule = optimizers.SGD().create_update_rule()
+            with pytest.raises(RuntimeError, match=r"prepare\(optimizer\)"):
+                parameter.update()
+
 
 class TestMastersFollow:
     """Whoever changes a float16 parameter behind the optimizer's back changes the master as well."""
