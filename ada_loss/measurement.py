@@ -51,11 +51,6 @@ class Measurement(NamedTuple):
         return self.weight or ONE
 
     @property
-    def finite(self) -> bool:
-        """Whether every element of gy and W is."""
-        return self.gradient.finite and self.factor.finite
-
-    @property
     def zero(self) -> bool:
         """Whether gx is zero because every product is."""
         return not self.gradient.nonzero or not self.factor.nonzero or self.products == (0.0, 0.0)

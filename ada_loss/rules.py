@@ -83,17 +83,16 @@ def find_range(config: AdaLossConfig, exponent: int, measurement: Measurement) -
 
     Of what is not finite the figures mean nothing, and where every product is zero there is nothing to scale.
     """
-    method, gradient = config.loss_scale_method, measurement.gradient
+    method, gradient, factor = config.loss_scale_method, measurement.gradient, measurement.factor
     if method == "fixed":
         return ANY
-    if not measurement.finite:
+    if not (gradient.finite and factor.finite):
         return Range(safe=-math.inf)
     zeros = 1 - gradient.nonzero / gradient.size if gradient.nonzero < gradient.size else 0.0
     if measurement.zero:
         return Range(zeros=zeros)
     wanted, safe = _RANGES[method](config, measurement)
-    room = floor_log2(_LARGEST / measurement.factor.largest) - 1
-    return Range(wanted + exponent, safe + exponent, zeros, room)
+    return Range(wanted + exponent, safe + exponent, zeros, _shift_to(_LARGEST, factor.largest) - 1)
 
 
 def choose_shift(config: AdaLossConfig, found: Range, exponent: int, *, backoff: int = 0) -> int:
@@ -150,7 +149,7 @@ def _range_of_peak(config: AdaLossConfig, measurement: Measurement) -> tuple[flo
     fan, term = measurement.fan, measurement.largest_term
     deviation = math.sqrt(measurement.gradient.mean_square * measurement.factor.mean_square * fan)
     peak = min(fan * term, term + AUTO_DEVIATIONS * deviation)
-    shift = floor_log2(_LARGEST / peak) - (AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM)
+    shift = _shift_to(_LARGEST, peak) - (AUTO_CAST_HEADROOM if measurement.cast else AUTO_HEADROOM)
     return shift, shift
 
 
@@ -167,12 +166,18 @@ measured gradient."""
 def _shift_for_smallest(magnitude: float) -> float:
     """The shift that brings a magnitude to the smallest float16, rounded down; none if it is so small that
     not even float64 holds it."""
-    return floor_log2(_SMALLEST / magnitude) if magnitude else -math.inf
+    return _shift_to(_SMALLEST, magnitude) if magnitude else -math.inf
 
 
-def _safe_shift(measurement: Measurement) -> int:
+def _safe_shift(measurement: Measurement) -> float:
     """The largest shift at which no sum overflows, even if all of its terms are the largest."""
-    return floor_log2(_LARGEST / (measurement.fan * measurement.largest_term))
+    return _shift_to(_LARGEST, measurement.fan * measurement.largest_term)
+
+
+def _shift_to(target: float, magnitude: float) -> float:
+    """The largest shift that leaves a magnitude at or below `target`; inf if it is beyond float64's range."""
+    scale = target / magnitude if magnitude else math.inf
+    return floor_log2(scale) if scale < math.inf else math.inf
 
 
 @functools.cache

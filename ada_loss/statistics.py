@@ -120,10 +120,10 @@ def fetch(begun: Sequence[Begun[T]]) -> list[T]:
 
 def combine(build: Callable[..., T], *parts: Begun[Any]) -> Begun[T]:
     """What `build` makes of several results: at once where all are ready, else when it is fetched."""
-    vectors = _vectors(parts)
-    if not vectors:
-        return build(*parts)
-    return OnDevice(tuple(vectors), lambda figures: build(*_built(parts, figures)))
+    for part in parts:
+        if isinstance(part, OnDevice):
+            return OnDevice(tuple(_vectors(parts)), lambda figures: build(*_built(parts, figures)))
+    return build(*parts)
 
 
 def _vectors(begun: Sequence[Begun[Any]]) -> list[Any]:
@@ -285,6 +285,8 @@ def _squarable(bits: np.ndarray, dtype: np.dtype, largest: float) -> np.ndarray:
 def _sum_squares(vector: np.ndarray) -> float:
     """The sum of the squares, a part at a time: for longer vectors BLAS would wake threads that others use,
     and sums in float32 lose more."""
+    if vector.size <= DOT:
+        return float(vector.dot(vector))
     total = 0.0
     for start in range(0, vector.size, DOT):
         part = vector[start : start + DOT]

@@ -280,11 +280,20 @@ def test_zeros_and_non_finite_values_give_no_shift(method):
         broken[1, 2] = bad
         assert shift_of(config, broken, weight, fan=4) == 0
         assert shift_of(config, broken, None) == 0
-        assert measure(config, broken, weight, 4).finite == (method == "fixed")
+        found = find_range(config, 0, measure(config, broken, weight, 4))
+        assert found.finite == (method == "fixed")
     for nothing in (np.zeros_like(ones), ones[:0]):
         assert shift_of(config, nothing, weight, fan=4) == 0
         assert shift_of(config, nothing, None) == 0
     assert shift_of(config, ones, np.zeros_like(weight), fan=4) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("magnitude", [1e-200, 5e-324])
+def test_products_that_not_even_float64_holds_give_no_shift(method, magnitude):
+    gy, weight = np.full((3, 4), magnitude), np.full((4, 2), 1e-150)
+    for config in (AdaLossConfig(loss_scale_method=method), unbounded(method)):
+        assert shift_of(config, gy, weight, fan=4) == 0
 
 
 def test_fixed_never_shifts():
