@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from ada_loss.chainer.recorder import Site
 from ada_loss.config import AdaLossConfig
 from ada_loss.entry_scale import EntryScale
 from ada_loss.measurement import begin_measurement
-from ada_loss.rules import ANY, Range, choose_shift, find_range
+from ada_loss.rules import Range, choose_shift, find_range
 from ada_loss.statistics import Begun, Statistics, begin, begin_largest, combine, fetch
 
 T = TypeVar("T")
@@ -116,7 +116,8 @@ class ShiftPolicy:
                 begun = found
             if config.timing == "delayed":
                 # Several passes over one graph come by here several times.
-                self._begun[site] = combine(Range.merged, self._begun.get(site, ANY), begun)
+                earlier = self._begun.get(site)
+                self._begun[site] = begun if earlier is None else combine(Range.merged, earlier, begun)
         shift = choose_shift(config, found, exponent, backoff=self.entry.backoff)
         decision = Decision(site, config.loss_scale_method, exponent, shift, found.remembering(before))
         if found.finite:
@@ -165,17 +166,18 @@ class ShiftPolicy:
 
         agree: makes of what this process has measured what all have.
         """
-        found: list[Any] = fetch([*self._begun.values(), *self._begun_peaks.values()])
+        fetched: list[Any] = fetch([*self._begun.values(), *self._begun_peaks.values()])
         learned = Learned(
-            dict(zip(self._begun, found, strict=False)),
-            _finite(zip(self._begun_peaks, found[len(self._begun) :], strict=True)),
+            dict(zip(self._begun, fetched, strict=False)),
+            _finite(zip(self._begun_peaks, fetched[len(self._begun) :], strict=True)),
         )
         self._begun, self._begun_peaks = {}, {}
         ranges, peaks = agree(learned) if agree else learned
         for site, new in ranges.items():
             known = self.decisions.get(site)
             if known is not None and new.finite:
-                self.decisions[site] = replace(known, range=new.remembering(known.range))
+                found = new.remembering(known.range)
+                self.decisions[site] = Decision(site, known.method, known.exponent, known.shift, found)
         self._remember({site: peak for site, peak in peaks.items() if site in self._peaks})
 
     def end_step(self, *, finite: bool) -> None:
