@@ -57,7 +57,7 @@ def prefer(preferred: Callable[[], Copy | None]) -> None:
 
 
 def to_float32(source: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """The float16 array `source` in float32, in a new C-contiguous array or in `out`.
+    """The float16 array `source` in float32, in a new array that lies in memory as it does or in `out`.
 
     Both may be strided in any way; `out` has the shape of `source` and shares no memory with it.
     """
@@ -86,7 +86,8 @@ def magnitudes_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def to_float16(source: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """The float32 array `source` rounded to float16, in a new C-contiguous array or in `out`.
+    """The float32 array `source` rounded to float16, in a new array that lies in memory as it does or in
+    `out`.
 
     Both may be strided in any way; `out` has the shape of `source` and shares no memory with it.
     """
@@ -185,7 +186,7 @@ def _destination(
     if source.dtype != expected:
         raise TypeError(f"expected an array of {np.dtype(expected)}, got {source.dtype}")
     if out is None:
-        return np.empty(source.shape, dtype)
+        return np.empty_like(source, dtype)
     if out.dtype != dtype or out.shape != source.shape:
         raise TypeError(
             f"expected out to be {np.dtype(dtype)} of shape {source.shape}, got {out.dtype} {out.shape}"
@@ -193,14 +194,30 @@ def _destination(
     return out
 
 
+def memory_order(array: Any) -> tuple[int, ...]:
+    """An array's axes by their strides, the largest first: transposed so, an array without gaps is
+    C-contiguous."""
+    return tuple(sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis])))
+
+
+def empty_in_order(shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> np.ndarray:
+    """A new array whose `memory_order` this is."""
+    return np.empty([shape[axis] for axis in axes], dtype).transpose(inverse(axes))
+
+
+def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """What undoes a transposition."""
+    return tuple(map(axes.index, range(len(axes))))
+
+
 def chunks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """Matching parts, of at most CHUNK elements each, of arrays of one shape, however they are strided."""
-    first = arrays[0]
+    first, axes = arrays[0], memory_order(arrays[0])
     if first.size <= CHUNK:
         if first.size:
             yield arrays
-    elif first.ndim > 1 and all(a.flags.c_contiguous for a in arrays):
-        yield from chunks(*(a.reshape(-1) for a in arrays))
+    elif first.ndim > 1 and all(a.transpose(axes).flags.c_contiguous for a in arrays):
+        yield from chunks(*(a.transpose(axes).reshape(-1) for a in arrays))
     elif rows := CHUNK * len(first) // first.size:
         for start in range(0, len(first), rows):
             yield tuple(a[start : start + rows] for a in arrays)

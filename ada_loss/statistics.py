@@ -207,8 +207,8 @@ def largest_magnitude(array: Any) -> float:
     if not array.size:
         return 0.0
     if module_of(array) is np and array.itemsize in _MASKS:
-        mask, _ = _MASKS[array.itemsize]
-        return abs(array.item((array.view(mask.dtype) & mask).argmax()))
+        flat, (mask, _) = array.ravel("K"), _MASKS[array.itemsize]
+        return abs(flat.item((flat.view(mask.dtype) & mask).argmax()))
     return float(abs(array).max())
 
 

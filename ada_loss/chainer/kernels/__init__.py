@@ -4,12 +4,15 @@
 | --------- | --------------------------------------------------------------------------------------------- |
 | `chainer` | Chainer as it is                                                                              |
 | `numpy`   | float16 NumPy arrays through float32 BLAS; wider ones keep the bits that Chainer gives them   |
-| `torch`   | PyTorch's convolutions (oneDNN on CPU, cuDNN on GPU), without copies, batch normalization and |
-|           | casts between float16 and float32; the rest is `numpy`'s                                      |
+| `torch`   | PyTorch's convolutions (oneDNN on CPU, cuDNN on GPU), without copies, batch normalization,    |
+|           | ReLU, arithmetic and casts between float16 and float32; the rest is `numpy`'s                 |
 | `auto`    | `torch` where PyTorch is installed, else `numpy`                                              |
 
 In float16 they all but `chainer` read float16, multiply and add in float32 and round the result once to
 float16, which is what tensor cores do.
+
+Under `torch` the CPU's convolutions leave images with the channels last in memory, as Chainer's own do.
+Shapes are Chainer's, and other kernels keep the order that they find.
 """
 
 from __future__ import annotations

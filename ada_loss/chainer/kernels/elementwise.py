@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, cast, chunks, to_float16, to_float32
+from ada_loss.casting import CHUNK, cast, chunks, empty_in_order, memory_order, to_float16, to_float32
 
 INFINITY = 0x7C00
 """Bits of float16 infinity: larger magnitudes are NaN."""
@@ -58,9 +58,10 @@ def relu(x: np.ndarray) -> np.ndarray | None:
 def relu_grad(y: np.ndarray, gy: np.ndarray) -> np.ndarray | None:
     """gy where y > 0, else 0, in float16; None if gy is not finite everywhere, which this would hide, or y
     contains a NaN, which would count as positive."""
-    y, gy = np.asarray(y, order="C"), np.asarray(gy, order="C")
-    gx = np.empty(gy.shape, np.float16)
-    for outputs, gradient, target in chunks(*(a.view(np.int16).reshape(-1) for a in (y, gy, gx))):
+    axes = memory_order(y)
+    gx = empty_in_order(y.shape, np.float16, axes)
+    vectors = (np.asarray(a.transpose(axes), order="C").view(np.int16).reshape(-1) for a in (y, gy, gx))
+    for outputs, gradient, target in chunks(*vectors):
         np.bitwise_and(gradient, _MAGNITUDE, target)
         if np.maximum.reduce(target) >= INFINITY:
             return None

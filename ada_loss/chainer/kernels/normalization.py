@@ -16,7 +16,7 @@ from ada_loss.statistics import module_of
 
 def l2_normalize(x: Any, axis: tuple[int, ...], eps: float) -> Any:
     """x / (|x| + eps), lengths taken over `axis`."""
-    y = module_of(x).empty(x.shape, np.float16)
+    y = module_of(x).empty_like(x)
     for part in _parts(x, axis):
         wide = cast(x[part], np.float32)
         wide /= _lengths(wide, axis) + np.float32(eps)
@@ -28,7 +28,7 @@ def l2_normalize_grad(x: Any, gy: Any, axis: tuple[int, ...], eps: float) -> Any
     """Gradient of `l2_normalize`'s input: with n = |x| + eps, (gy - x (x.gy) / (n |x|)) / n, where the
     fraction counts as 0 for |x| = 0."""
     xp = module_of(x)
-    gx = xp.empty(x.shape, np.float16)
+    gx = xp.empty_like(x)
     for part in _parts(x, axis):
         wide, gradient = cast(x[part], np.float32), cast(gy[part], np.float32)
         length = _lengths(wide, axis)

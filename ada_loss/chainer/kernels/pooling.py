@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, cast
+from ada_loss.casting import CHUNK, cast, empty_in_order, memory_order
 from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.elementwise import INFINITY, has_nan
 
@@ -60,8 +60,10 @@ def max_pool(
     holds each, as uint8 of the same shape. None if x contains a NaN or the window more than 256 taps."""
     if math.prod(window.size) > 256 or has_nan(x):
         return None
-    y = np.empty((*x.shape[:2], *out_size), x.dtype)
-    indexes = np.zeros(y.shape, np.uint8)
+    # Wider ones lie as Chainer's do, so that sums of them have the same bits.
+    axes = memory_order(x) if x.dtype == np.float16 else tuple(range(x.ndim))
+    y = empty_in_order((*x.shape[:2], *out_size), x.dtype, axes)
+    indexes = np.zeros_like(y, np.uint8)
     for images in _groups(x.shape):
         if x.dtype == np.float16:
             _max_pool_halves_into(y[images], indexes[images], x[images], window)
@@ -84,7 +86,9 @@ def _max_pool_into(
 ) -> None:
     best[...] = lowest
     for tap, outputs, inputs in window.taps(x.shape[2:], best.shape[2:]):
-        values, leading, places = np.ascontiguousarray(x[inputs]), best[outputs], indexes[outputs]
+        leading, places = best[outputs], indexes[outputs]
+        values = np.empty_like(leading)
+        values[...] = x[inputs]
         if tap:
             larger = np.greater(values, leading).view(np.uint8)
             np.multiply(larger, np.uint8(tap), larger)
@@ -97,7 +101,8 @@ def max_pool_grad(
 ) -> np.ndarray:
     """Gradient of max pooling's input in gy's type: every gradient goes where its maximum was; where several
     meet, they are added, float16 in float32 and rounded once."""
-    gx = np.zeros(in_shape, gy.dtype)
+    gx = empty_in_order(in_shape, gy.dtype, memory_order(indexes))
+    gx[...] = 0
     for images in _groups(in_shape):
         _max_pool_grad_into(gx[images], gy[images], indexes[images], window)
     return gx
@@ -112,7 +117,7 @@ def _max_pool_grad_into(gx: np.ndarray, gy: np.ndarray, indexes: np.ndarray, win
             np.multiply(bits[outputs], indexes[outputs] == tap, target[inputs])
         return
     wide = as_float32(gy)
-    bits, total = _bits(wide), np.zeros(gx.shape, wide.dtype)
+    bits, total = _bits(wide), np.zeros_like(gx, wide.dtype)
     for tap, outputs, inputs in taps:
         total[inputs] += np.multiply(bits[outputs], indexes[outputs] == tap).view(wide.dtype)
     gx[...] = cast(total, gx.dtype)

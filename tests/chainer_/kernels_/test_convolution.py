@@ -12,9 +12,10 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ada_loss.casting import memory_order
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import patches
-from chainer_.kernels_.reference import EACH_PROVIDER, assert_rounded_once, in_float64, run
+from chainer_.kernels_.reference import EACH_PROVIDER, WITH_TORCH, assert_rounded_once, in_float64, run
 
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -158,6 +159,25 @@ def test_inputs_of_any_memory_layout_give_the_same_bits(provider, groups):
     np.testing.assert_array_equal(actual, expected)
     for a, b in zip(strided_gradients, gradients, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@WITH_TORCH
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_images_stay_in_the_order_in_memory_that_torch_wants(dtype, rng):
+    """Channels last, through what commonly stands between two convolutions and on the way back."""
+    images = chainer.Variable(random(rng, 2, 3, 10, 8, dtype=dtype))
+    W, gamma, beta = (rng.standard_normal(shape).astype(dtype) for shape in ((6, 3, 3, 3), (6,), (6,)))
+    with kernels.using("torch"):
+        convolved = F.convolution_2d(images, W, pad=1)
+        normalized = F.batch_normalization(convolved, gamma, beta)
+        y = F.relu(normalized * 0.5 + convolved)
+        last = F.convolution_2d(y, np.ones((2, 6, 3, 3), dtype))
+        last.grad = random(rng, *last.shape, dtype=dtype)
+        last.backward(retain_grad=True)
+    for variable in (convolved, normalized, y, last):
+        assert memory_order(variable.array) == (0, 2, 3, 1)
+    for variable in (convolved, normalized, y, images):
+        assert memory_order(variable.grad) == (0, 2, 3, 1)
 
 
 @EACH_PROVIDER
