@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from chainercv.utils import bbox_iou
+
+from overlap import overlaps
 
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
 CROP_TRIALS = 50
@@ -19,6 +20,8 @@ CROP_TRIALS = 50
 CROP_CONSTRAINTS = ((0.1, 1.0), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.9, 1.0), (0.0, 1.0))
 # OpenCV's hue of 8 bit images goes from 0 to 179.
 HUES = 180
+# All that a pixel of 8 bits may be.
+VALUES = np.arange(256)
 
 
 @dataclass(frozen=True)
@@ -105,23 +108,23 @@ def draw_crop(
         if choice == len(CROP_CONSTRAINTS):
             break
         windows = _draw_windows(height, width, smallest, rng)
-        iou = bbox_iou(windows.astype(np.float32), bbox)
+        iou = overlaps(bbox.T, windows.astype(np.float32))
         least, most = CROP_CONSTRAINTS[choice]
-        fits = np.flatnonzero((iou.min(axis=1) >= least) & (iou.max(axis=1) <= most))
+        fits = np.flatnonzero((iou.min(axis=0) >= least) & (iou.max(axis=0) <= most))
         if len(fits):
-            return tuple(windows[fits[0]].tolist())
+            return tuple(windows[:, fits[0]].tolist())
     return 0, 0, height, width
 
 
 def _draw_windows(height: int, width: int, smallest: float, rng: np.random.Generator) -> np.ndarray:
-    """CROP_TRIALS windows of random size, shape and place, int (CROP_TRIALS, 4)."""
+    """CROP_TRIALS windows of random size, shape and place: top, left, bottom, right, int (4, CROP_TRIALS)."""
     scale = rng.uniform(smallest, 1, size=CROP_TRIALS)
-    ratio = rng.uniform(np.maximum(0.5, scale**2), np.minimum(2, scale**-2))
-    crop_height = (height * scale / np.sqrt(ratio)).astype(int)
-    crop_width = (width * scale * np.sqrt(ratio)).astype(int)
-    top = rng.integers(np.maximum(height - crop_height, 1))
-    left = rng.integers(np.maximum(width - crop_width, 1))
-    return np.stack([top, left, top + crop_height, left + crop_width], axis=1)
+    least, most = np.maximum(0.5, scale**2), np.minimum(2, scale**-2)
+    # As rng.uniform(least, most), which is slow on arrays.
+    ratio = least + (most - least) * rng.random(CROP_TRIALS)
+    size = np.array([height * scale / np.sqrt(ratio), width * scale * np.sqrt(ratio)]).astype(int)
+    corner = rng.integers(np.maximum([[height], [width]] - size, 1))
+    return np.concatenate([corner, corner + size])
 
 
 def _expand(
@@ -144,27 +147,29 @@ def _crop(
     """Cut a window out. Boxes whose centre is outside go, the others are clipped."""
     height, width, _ = pixels.shape
     top, left, bottom, right = draw_crop(height, width, bbox, smallest, rng)
-    window = np.array([top, left, bottom, right], dtype=np.float32)
-    centre = (bbox[:, :2] + bbox[:, 2:]) / 2
-    kept = ((window[:2] <= centre) & (centre < window[2:])).all(axis=1)
-    clipped = np.concatenate(
-        [np.maximum(bbox[:, :2], window[:2]), np.minimum(bbox[:, 2:], window[2:])], axis=1
-    )
-    kept &= (clipped[:, :2] < clipped[:, 2:]).all(axis=1)
-    return pixels[top:bottom, left:right], clipped[kept] - np.tile(window[:2], 2), label[kept]
+    start, end = np.array([[top, left], [bottom, right]], dtype=np.float32)
+    first, last = bbox[:, :2], bbox[:, 2:]
+    centre = (first + last) / 2
+    first, last = np.maximum(first, start), np.minimum(last, end)
+    kept = ((start <= centre) & (centre < end) & (first < last)).all(axis=1)
+    clipped = np.concatenate([first - start, last - start], axis=1)
+    return pixels[top:bottom, left:right], clipped[kept], label[kept]
 
 
 def _affine(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
     """factor * pixels + offset, clipped and cut to whole numbers as in ChainerCV: 256 values to look up."""
     if factor == 1 and offset == 0:
         return pixels
-    return cv2.LUT(pixels, np.clip(np.arange(256) * factor + offset, 0, 255).astype(np.uint8))
+    return cv2.LUT(pixels, _affine_table(factor, offset))
+
+
+def _affine_table(factor: float, offset: float) -> np.ndarray:
+    return np.clip(VALUES * factor + offset, 0, 255).astype(np.uint8)
 
 
 def _turn_colours(pixels: np.ndarray, saturation: float, hue: int) -> np.ndarray:
     if saturation == 1 and hue == 0:
         return pixels
-    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
-    hsv[..., 0] = (hsv[..., 0].astype(int) + hue) % HUES
-    hsv[..., 1] = _affine(hsv[..., 1], saturation, 0)
+    tables = np.stack([(VALUES + hue) % HUES, _affine_table(saturation, 0), VALUES], axis=-1)
+    hsv = cv2.LUT(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV), tables[None].astype(np.uint8))
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -111,9 +111,14 @@ def resume(trainer: Trainer, origin: Path, settings: dict[str, Any], ranks: Alon
 def _load(trainer: Trainer, path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         trainer.serialize(NpzDeserializer(arrays))
+    # Its digests are those that were written, so that it is whole, but of another version.
     except ValueError as error:
-        # Its digests are those that were written, so that it is whole, but of another version.
         raise InputError(f"{path} can't be loaded: {error}") from error
+    except KeyError as error:
+        raise InputError(
+            f"{path} can't be loaded, since it lacks {error.args[0]} and so is of another version of the "
+            "example: resume with that version, or train anew without --resume and with another --out."
+        ) from error
 
 
 def _choose(origin: Path, settings: dict[str, Any], n_ranks: int) -> Path | None:

@@ -154,9 +154,8 @@ def draw_image(
 
 
 def _write_set(folder: Path, sources: Sources, settings: DigitsSettings) -> None:
-    year = folder / YEAR
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (year / name).mkdir(parents=True)
+        (folder / YEAR / name).mkdir(parents=True)
     pools = split_digits(len(sources.labels), settings.seed)
     counts = (settings.train_images, settings.test_images)
     first = 1
@@ -166,8 +165,8 @@ def _write_set(folder: Path, sources: Sources, settings: DigitsSettings) -> None
             image, placed = draw_image(
                 sources, pool, settings, np.random.default_rng([settings.seed, 1 + part, i])
             )
-            Image.fromarray(image).save(year / "JPEGImages" / f"{id_}.jpg", quality=JPEG_QUALITY)
-            _annotation(id_, settings.side, placed).write(year / "Annotations" / f"{id_}.xml")
+            Image.fromarray(image).save(_image_file(folder, id_), quality=JPEG_QUALITY)
+            _annotation(id_, settings.side, placed).write(_annotation_file(folder, id_))
         _split_list(folder, split).write_text("".join(f"{id_}\n" for id_ in ids))
         first += count
     (folder / MANIFEST).write_text(json.dumps(asdict(settings), indent=2) + "\n")
@@ -214,17 +213,43 @@ def _tint(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _check_complete(folder: Path) -> None:
-    advice = f"delete {folder} and it is made again, or name another folder with --dataset-dir."
+    fault = _fault(folder)
+    if fault:
+        raise InputError(
+            f"{folder} is no complete digits set, since {fault}: delete it and train_multi.py --dataset-dir "
+            f"{folder} makes it again, or name another folder."
+        )
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a set, in a few words."""
+    path = folder / MANIFEST
     try:
-        settings = DigitsSettings(**json.loads((folder / MANIFEST).read_text()))
-        listed = [_split_list(folder, split).read_text().count("\n") for split in SPLITS]
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{folder} is no complete digits set: {advice}") from None
-    if settings.version != DigitsSettings.version:
-        raise InputError(f"{folder} holds a digits set of version {settings.version}: {advice}")
-    if listed != [settings.train_images, settings.test_images]:
-        raise InputError(f"{folder} is no complete digits set: {advice}")
+        settings = DigitsSettings(**json.loads(path.read_text()))
+        if settings.version != DigitsSettings.version:
+            return f"it is of version {settings.version} and not of {DigitsSettings.version}"
+        for split, count in zip(SPLITS, (settings.train_images, settings.test_images), strict=True):
+            path = _split_list(folder, split)
+            ids = path.read_text().split()
+            if len(ids) != count:
+                return f"{path.relative_to(folder)} names {len(ids)} images and not {count}"
+            for id_ in ids:
+                for path in (_image_file(folder, id_), _annotation_file(folder, id_)):
+                    path.stat()
+    except OSError as error:
+        return f"{path.relative_to(folder)} can't be read ({error.strerror})"
+    except (ValueError, TypeError):
+        return f"{path.relative_to(folder)} is damaged"
+    return None
 
 
 def _split_list(folder: Path, split: str) -> Path:
     return folder / YEAR / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def _image_file(folder: Path, id_: str) -> Path:
+    return folder / YEAR / "JPEGImages" / f"{id_}.jpg"
+
+
+def _annotation_file(folder: Path, id_: str) -> Path:
+    return folder / YEAR / "Annotations" / f"{id_}.xml"

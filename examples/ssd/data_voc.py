@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from errors import InputError
 VOC_CLASSES: tuple[str, ...] = tuple(voc_bbox_label_names)
 TRAIN_PARTS = (("VOC2007", "trainval"), ("VOC2012", "trainval"))
 TEST_PARTS = (("VOC2007", "test"),)
+# Bytes of images that a split keeps in memory once they are read: all of a small set, some of VOC.
+IN_MEMORY = 2**26
 
 
 class Objects(NamedTuple):
@@ -49,6 +51,9 @@ class VocDataset:
     ids: tuple[str, ...]
     classes: tuple[str, ...]
     use_difficult: bool
+    # What has been read already: every epoch wants the same again.
+    _images: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _objects: dict[int, Objects] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, split: str, classes: Sequence[str], use_difficult: bool) -> VocDataset:
@@ -80,21 +85,34 @@ class VocDataset:
         return self.folder / "Annotations" / f"{self.ids[i]}.xml"
 
     def image(self, i: int) -> np.ndarray:
-        """RGB, (3, H, W), uint8."""
-        return read_image(self.image_path(i))
+        """RGB, (3, H, W), uint8, read-only."""
+        if i in self._images:
+            return self._images[i]
+        image = read_image(self.image_path(i))
+        if len(self._images) * image.nbytes < IN_MEMORY:
+            self._images[i] = image
+        return image
 
     def objects(self, i: int) -> Objects:
-        path = self.objects_path(i)
+        """What image i shows, in read-only arrays."""
+        if i not in self._objects:
+            self._objects[i] = self._parse(self.objects_path(i))
+        return self._objects[i]
+
+    def _parse(self, path: Path) -> Objects:
         try:
             found = [_parse_object(node, self.classes) for node in ElementTree.parse(path).iter("object")]
         except (OSError, ElementTree.ParseError, ValueError) as error:
             raise InputError(f"{path} is damaged ({_reason(error)}): restore the data set.") from None
         kept = [entry for entry in found if self.use_difficult or not entry[2]]
-        return Objects(
+        objects = Objects(
             np.array([box for box, _, _ in kept], dtype=np.float32).reshape(-1, 4),
             np.array([label for _, label, _ in kept], dtype=np.int32),
             np.array([difficult for _, _, difficult in kept], dtype=bool),
         )
+        for array in objects:
+            array.flags.writeable = False
+        return objects
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,13 @@ class JoinedDatasets:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as RGB, (3, H, W), uint8. Raises InputError if there is none or it is damaged."""
+    """An image file as RGB, (3, H, W), uint8, read-only.
+
+    Raises InputError if there is none or it is damaged.
+    """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise InputError(
             f"{path} can't be read as an image ({_reason(error)}): restore or remove it."

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import chainer
 import numpy as np
 from chainer.backends import cuda
 from chainercv import transforms
-from chainercv.links.model.ssd import SSD, MultiboxCoder
+from chainercv.links.model.ssd import SSD
 
+from coding import BoxCoder
 from models import input_dtype
 from nms import suppress
 
 DECODERS = ("per-class", "argmax")
 NMS_THRESH = 0.45
 MOST_BOXES = 200
+# So many candidates for each box that is wanted are nearly always enough.
+SHORTLIST = 5
 # For mean average precision every candidate counts; for the eye only the sure ones.
 EVALUATION_THRESH = 0.01
 DRAWING_THRESH = 0.6
@@ -61,15 +65,15 @@ class Detector:
             outputs = self.model(self.model.xp.asarray(batch.astype(dtype)))
         # ChainerCV's decoder takes exponentials in the dtype that it gets, and float16 overflows at 12.
         locs, logits = (cuda.to_cpu(output.array).astype(np.float32) for output in outputs)
+        coder = BoxCoder.of(self.model.coder)
+        found = (
+            pick_boxes(coder.decode(loc), self._scores(prob), self.score_thresh)
+            for loc, prob in zip(locs, softmax(logits), strict=True)
+        )
         return [
-            self._decode(loc, softmax(logit), image.shape[1:])
-            for loc, logit, image in zip(locs, logits, images, strict=True)
+            boxes._replace(bbox=transforms.resize_bbox(boxes.bbox, (side, side), image.shape[1:]))
+            for boxes, image in zip(found, images, strict=True)
         ]
-
-    def _decode(self, loc: np.ndarray, prob: np.ndarray, size: tuple[int, int]) -> Boxes:
-        found = pick_boxes(decode_boxes(self.model.coder, loc), self._scores(prob), self.score_thresh)
-        bbox = transforms.resize_bbox(found.bbox, (self.model.insize,) * 2, size)
-        return found._replace(bbox=bbox)
 
     def _scores(self, prob: np.ndarray) -> np.ndarray:
         scores = prob[:, 1:]
@@ -80,22 +84,14 @@ class Detector:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    # NumPy's own maximum is slow on so short an axis.
+    highest = reduce(np.maximum, np.moveaxis(logits, -1, 0))
+    powers = np.exp(logits - highest[..., None])
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def decode_boxes(coder: MultiboxCoder, loc: np.ndarray) -> np.ndarray:
-    """Offsets (K, 4) to boxes (K, 4) as (y_min, x_min, y_max, x_max); the inverse of the coder's `encode`."""
-    default = cuda.to_cpu(coder._default_bbox)
-    centre_variance, size_variance = coder._variance
-    with np.errstate(over="ignore"):
-        size = default[:, 2:] * np.exp(loc[:, 2:] * size_variance)
-    centre = default[:, :2] + loc[:, :2] * centre_variance * default[:, 2:]
-    return np.concatenate([centre - size / 2, centre + size / 2], axis=1)
-
-
 def pick_boxes(
-    bbox: np.ndarray,
+    corners: np.ndarray,
     scores: np.ndarray,
     score_thresh: float,
     nms_thresh: float = NMS_THRESH,
@@ -104,20 +100,35 @@ def pick_boxes(
     """The best boxes over all classes, none overlapping a better one of its class.
 
     Args:
-        bbox: (K, 4).
+        corners: (4, K): y_min, x_min, y_max, x_max.
         scores: (K, classes without the background).
         score_thresh: boxes with a lower score are left out.
         nms_thresh: intersection over union from which on boxes overlap.
         limit: the most boxes that are left.
     """
-    rows, labels = np.nonzero(scores >= score_thresh)
-    order = np.argsort(-scores[rows, labels], kind="stable")
-    rows, labels = rows[order], labels[order]
-    used, rows = np.unique(rows, return_inverse=True)
-    kept = suppress(bbox[used], nms_thresh, rows, labels, limit)
-    rows, labels = used[rows[kept]], labels[kept]
+    most = SHORTLIST * limit
+    if most < scores.size:
+        higher = np.partition(scores, -most, axis=None)[-most]
+        if higher > score_thresh:
+            found = _pick(corners, scores, higher, nms_thresh, limit)
+            if len(found.score) == limit:
+                # All boxes that were left out come behind these.
+                return found
+    return _pick(corners, scores, score_thresh, nms_thresh, limit)
+
+
+def _pick(
+    corners: np.ndarray, scores: np.ndarray, score_thresh: float, nms_thresh: float, limit: int
+) -> Boxes:
+    places = np.flatnonzero(scores >= score_thresh)
+    places = places[np.argsort(-scores.ravel()[places], kind="stable")]
+    rows, labels = np.divmod(places, scores.shape[1])
+    kept = suppress(corners, nms_thresh, rows, labels, limit)
+    rows, labels = rows[kept], labels[kept]
     return Boxes(
-        bbox[rows].astype(np.float32), labels.astype(np.int32), scores[rows, labels].astype(np.float32)
+        corners[:, rows].T.astype(np.float32),
+        labels.astype(np.int32),
+        scores[rows, labels].astype(np.float32),
     )
 
 

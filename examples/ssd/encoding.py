@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from chainercv.links.model.ssd import SSD, MultiboxCoder
+from chainercv.links.model.ssd import SSD
 
 from augmentation import Recipe, augment
+from coding import BoxCoder
 from data_voc import Objects
 
 
@@ -45,7 +45,7 @@ class TrainingSamples:
     """
 
     dataset: Detections
-    coder: MultiboxCoder
+    coder: BoxCoder
     side: int
     mean: np.ndarray
     recipe: Recipe
@@ -53,10 +53,9 @@ class TrainingSamples:
 
     @classmethod
     def of_model(cls, dataset: Detections, model: SSD, recipe: Recipe, seed: int) -> TrainingSamples:
-        # The model takes its coder along to a GPU; samples are made on the CPU.
         return cls(
             dataset,
-            copy.deepcopy(model.coder),
+            BoxCoder.of(model.coder),
             model.insize,
             np.asarray(model.mean, dtype=np.float32),
             recipe,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-# Overlaps are computed for some boxes ahead, as many as make about so many numbers.
-BLOCK = 2**16
+from overlap import overlaps
+
+# So many overlaps are computed at a time; more would not fit into the processor's cache.
+BLOCK = 2**14
 
 
 def non_maximum_suppression(
@@ -20,11 +22,11 @@ def non_maximum_suppression(
         limit: stop after so many.
     """
     order = np.arange(len(bbox)) if score is None else score.argsort()[::-1]
-    return order[suppress(bbox, thresh, order, np.zeros_like(order), limit)].astype(np.int32)
+    return order[suppress(bbox.T, thresh, order, np.zeros_like(order), limit)].astype(np.int32)
 
 
 def suppress(
-    bbox: np.ndarray, thresh: float, rows: np.ndarray, groups: np.ndarray, limit: int | None = None
+    corners: np.ndarray, thresh: float, rows: np.ndarray, groups: np.ndarray, limit: int | None = None
 ) -> np.ndarray:
     """Positions of the kept candidates, int (kept,): each overlaps none before it that is of its group.
 
@@ -32,41 +34,38 @@ def suppress(
     left.
 
     Args:
-        bbox: boxes (R, 4) that the candidates share.
+        corners: of the boxes that the candidates share, (4, R): y_min, x_min, y_max, x_max.
         thresh: boxes of at least this intersection over union overlap.
         rows: which box a candidate has, int (N,), best candidate first.
         groups: which group (class) it belongs to, int (N,).
         limit: stop after so many.
     """
-    alive = np.ones((groups.max(initial=-1) + 1, len(bbox)), dtype=bool)
-    ahead = max(1, BLOCK // max(1, len(bbox)))
-    corners = np.ascontiguousarray(bbox.T)
-    apart: dict[int, np.ndarray] = {}
+    # Overlaps are computed for the first boxes first, and only for as many as it takes.
+    used = list(dict.fromkeys(rows.tolist()))
+    corners = corners.take(used, axis=1)
+    number = np.empty(max(used, default=-1) + 1, dtype=int)
+    number[used] = np.arange(len(used))
+    ahead = max(1, BLOCK // max(1, len(used)))
+    # Sets of boxes are whole numbers with a bit for each box: what a box overlaps, and what is suppressed in
+    # a group.
+    overlapped: list[int] = []
+    suppressed = [0] * (groups.max(initial=-1) + 1)
     kept: list[int] = []
-    for position, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
-        if alive[group, row]:
-            kept.append(position)
-            if len(kept) == limit:
-                break
-            if row not in apart:
-                near = slice(position, position + ahead)
-                living = rows[near][alive[groups[near], rows[near]]].tolist()
-                due = [due for due in dict.fromkeys(living) if due not in apart]
-                apart.update(zip(due, ~(_overlaps(corners, due) >= thresh), strict=True))
-            alive[group] &= apart[row]
+    for position, (box, group) in enumerate(zip(number[rows].tolist(), groups.tolist(), strict=True)):
+        if suppressed[group] >> box & 1:
+            continue
+        kept.append(position)
+        if len(kept) == limit:
+            break
+        while len(overlapped) <= box:
+            due = corners[:, len(overlapped) : len(overlapped) + ahead]
+            overlapped += _sets(overlaps(due, corners) >= thresh)
+        suppressed[group] |= overlapped[box]
     return np.array(kept, dtype=int)
 
 
-def _overlaps(corners: np.ndarray, rows: list[int]) -> np.ndarray:
-    """Intersection over union of some boxes with all, (len(rows), R), given coordinates (4, R).
-
-    Empty boxes, and boxes that are not finite, overlap nothing.
-    """
-    y_min, x_min, y_max, x_max = corners
-    top, left, bottom, right = corners[:, rows, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area = (y_max - y_min) * (x_max - x_min)
-        height = np.minimum(y_max, bottom) - np.maximum(y_min, top)
-        width = np.minimum(x_max, right) - np.maximum(x_min, left)
-        common = height * width * ((height > 0) & (width > 0))
-        return common / (area[rows, None] + area - common)
+def _sets(flags: np.ndarray) -> list[int]:
+    """Every row of flags, bool (N, M), as a whole number whose lowest bit is the first flag."""
+    packed = np.packbits(flags, axis=1, bitorder="little")
+    width, content = packed.shape[1], packed.tobytes()
+    return [int.from_bytes(content[i : i + width], "little") for i in range(0, len(content), width)]

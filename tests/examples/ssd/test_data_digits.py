@@ -116,30 +116,41 @@ def test_the_set_of_a_faster_process_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "fault"),
     [
-        (lambda folder: (folder / "digits.json").unlink(), "no complete digits set"),
-        (lambda folder: (folder / "digits.json").write_text("{"), "no complete digits set"),
+        (lambda folder: (folder / "digits.json").unlink(), r"digits.json can't be read \(No such file"),
+        (lambda folder: (folder / "digits.json").write_text("{"), "digits.json is damaged"),
+        (lambda folder: (folder / "digits.json").write_text('{"sead": 5}'), "digits.json is damaged"),
         (
-            lambda folder: (folder / "digits.json").write_text('{"sead": 5}'),
-            "no complete digits set",
+            lambda folder: (folder / "digits.json").write_text('{"version": 0}'),
+            "it is of version 0 and not of 1",
         ),
-        (lambda folder: (folder / "digits.json").write_text('{"version": 0}'), "of version 0"),
-        (lambda folder: cut_short(folder / "VOC2007/ImageSets/Main/test.txt"), "no complete digits set"),
-        (lambda folder: (folder / "VOC2007/JPEGImages/000002.jpg").unlink(), "000002.jpg is missing"),
-        (lambda folder: (folder / "VOC2007/Annotations/000003.xml").unlink(), "000003.xml is missing"),
+        (
+            lambda folder: cut_short(folder / "VOC2007/ImageSets/Main/test.txt"),
+            "VOC2007/ImageSets/Main/test.txt names 1 images and not 3",
+        ),
+        (
+            lambda folder: (folder / "VOC2007/JPEGImages/000002.jpg").unlink(),
+            r"VOC2007/JPEGImages/000002.jpg can't be read \(No such file",
+        ),
+        (
+            lambda folder: (folder / "VOC2007/Annotations/000003.xml").unlink(),
+            r"VOC2007/Annotations/000003.xml can't be read \(No such file",
+        ),
         (
             lambda folder: (folder / "VOC2007/ImageSets/Main/trainval.txt").unlink(),
-            "no complete digits set",
+            r"VOC2007/ImageSets/Main/trainval.txt can't be read \(No such file",
         ),
     ],
 )
-def test_a_damaged_set_is_one_sentence(tmp_path, damage, words):
+def test_a_damaged_set_is_one_sentence(tmp_path, damage, fault):
     folder = find_digits(tmp_path / "digits", TINY)
     damage(folder)
-    with pytest.raises(InputError, match=words) as error:
-        open_train(find_digits(folder, TINY))
-    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=f"^{folder} is no complete digits set, since {fault}") as error:
+        find_digits(folder, TINY)
+    assert str(error.value).endswith(
+        f": delete it and train_multi.py --dataset-dir {folder} makes it again, or name another folder."
+    )
 
 
 def test_a_folder_that_can_not_be_written_is_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from chainercv.datasets import VOCBboxDataset
 
+import data_voc
 from data_voc import TEST_PARTS, TRAIN_PARTS, VOC_CLASSES, find_devkit, open_parts, read_image
 from errors import InputError
 
@@ -98,3 +99,23 @@ def test_a_list_that_names_a_missing_file_is_an_error(broken):
     (broken / "VOC2012" / "JPEGImages" / "trainval_0.jpg").unlink()
     with pytest.raises(InputError, match="trainval_0.jpg is missing"):
         open_train(broken)
+
+
+def test_what_has_been_read_is_not_read_again(broken):
+    dataset = open_train(broken)
+    image, objects = dataset.image(1), dataset.objects(1)
+    for folder in ("JPEGImages", "Annotations"):
+        shutil.rmtree(broken / "VOC2007" / folder)
+    assert dataset.image(1) is image
+    assert dataset.objects(1) is objects
+    for array in (image, *objects):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_only_so_many_images_stay_in_memory(devkit, monkeypatch):
+    dataset = open_train(devkit)
+    monkeypatch.setattr(data_voc, "IN_MEMORY", 1)
+    for i in range(2):
+        np.testing.assert_array_equal(dataset.image(i), dataset.image(i))
+    assert [dataset.image(i) is dataset.image(i) for i in range(2)] == [True, False]

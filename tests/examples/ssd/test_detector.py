@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from chainercv.links.model.ssd import MultiboxCoder
 
-from detector import Boxes, Detector, decode_boxes, detect_all, pick_boxes, softmax
+import detector
+from coding import BoxCoder
+from detector import Boxes, Detector, detect_all, pick_boxes, softmax
 from models import build_model
 
 # Of the page "3 tips to boost performance": background, apple, orange, person, dog, cat.
@@ -58,44 +60,68 @@ def small_model():
     return build_model("small", 10, "lecun-uniform", seed=0)
 
 
+def random_scores(coder: MultiboxCoder, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (4, K) of boxes and their scores of four classes."""
+    loc, logits = random_outputs(coder, seed)
+    return BoxCoder.of(coder).decode(loc), softmax(logits)[:, 1:]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("score_thresh", [0.01, 0.3])
 def test_boxes_are_those_of_chainercv(coder, seed, score_thresh):
-    loc, logits = random_outputs(coder, seed)
-    bbox, label, score = coder.decode(loc, logits, nms_thresh=0.45, score_thresh=score_thresh)
+    bbox, label, score = coder.decode(
+        *random_outputs(coder, seed), nms_thresh=0.45, score_thresh=score_thresh
+    )
     best = np.argsort(-score, kind="stable")
-    ours = pick_boxes(decode_boxes(coder, loc), softmax(logits)[:, 1:], score_thresh, limit=len(score) + 1)
+    ours = pick_boxes(*random_scores(coder, seed), score_thresh, limit=len(score) + 1)
     assert len(ours.score) == len(score) > 0
     np.testing.assert_array_equal(ours.label, label[best])
     np.testing.assert_allclose(ours.score, score[best], rtol=1e-5)
     np.testing.assert_allclose(ours.bbox, bbox[best], rtol=1e-5, atol=1e-4)
 
 
-def test_at_most_the_best_boxes_are_left(coder):
-    loc, logits = random_outputs(coder, 0)
-    everything = pick_boxes(decode_boxes(coder, loc), softmax(logits)[:, 1:], 0.01, limit=10**6)
-    few = pick_boxes(decode_boxes(coder, loc), softmax(logits)[:, 1:], 0.01, limit=20)
+@pytest.mark.parametrize("limit", [1, 5, 20])
+@pytest.mark.parametrize("distinct", [3, 10**6])
+def test_at_most_the_best_boxes_are_left(coder, limit, distinct):
+    """Also where many candidates have the same score, and the shortlist ends among them."""
+    corners, scores = random_scores(coder, 0)
+    scores = np.ceil(scores * distinct).astype(np.float32) / distinct
+    everything = pick_boxes(corners, scores, 0.01, limit=10**6)
+    few = pick_boxes(corners, scores, 0.01, limit=limit)
     assert len(everything.score) > 20
     for part, whole in zip(few, everything, strict=True):
-        np.testing.assert_array_equal(part, whole[:20])
+        np.testing.assert_array_equal(part, whole[:limit])
+
+
+def test_a_shortlist_that_does_not_fill_the_limit_is_not_all(coder):
+    """The best candidates are all of the same place, and only one of them is kept."""
+    corners, scores = random_scores(coder, 1)
+    limit = 4
+    crowd = detector.SHORTLIST * limit
+    corners[:, :crowd] = [[0], [0], [10], [10]]
+    scores[:crowd, 0] += 1
+    few, everything = (pick_boxes(corners, scores, 0.01, limit=most) for most in (limit, 10**6))
+    assert few.score[0] > 1 > few.score[1]
+    for part, whole in zip(few, everything, strict=True):
+        np.testing.assert_array_equal(part, whole[:limit])
+
+
+def test_scores_that_are_not_finite_are_no_candidates(coder):
+    corners, scores = random_scores(coder, 2)
+    odd = scores.copy()
+    odd[::3] = np.nan
+    scores[::3] = 0
+    for part, expected in zip(
+        pick_boxes(corners, odd, 0.01, limit=5), pick_boxes(corners, scores, 0.01, limit=5), strict=True
+    ):
+        np.testing.assert_array_equal(part, expected)
 
 
 def test_no_candidate_gives_no_box(coder):
-    loc, logits = random_outputs(coder, 0)
-    empty = pick_boxes(decode_boxes(coder, loc), np.zeros((len(loc), 4), np.float32), 0.01)
+    corners, scores = random_scores(coder, 0)
+    empty = pick_boxes(corners, np.zeros_like(scores), 0.01)
     assert empty.bbox.shape == (0, 4)
     assert len(empty.label) == len(empty.score) == 0
-
-
-def test_decoding_undoes_encoding(coder):
-    rng = np.random.default_rng(2)
-    corner = rng.uniform(0, 60, size=(3, 2))
-    bbox = np.concatenate([corner, corner + rng.uniform(15, 40, size=(3, 2))], axis=1).astype(np.float32)
-    loc, label = coder.encode(bbox, np.arange(3, dtype=np.int32))
-    decoded = decode_boxes(coder, loc)
-    assert (label > 0).any()
-    for place in np.flatnonzero(label):
-        np.testing.assert_allclose(decoded[place], bbox[label[place] - 1], atol=1e-3)
 
 
 def test_boxes_come_in_the_pixels_of_the_image(small_model):
@@ -111,11 +137,11 @@ def test_boxes_come_in_the_pixels_of_the_image(small_model):
 @pytest.mark.parametrize("n_images", [0, 1, 4, 5])
 def test_many_images_go_through_in_batches(small_model, n_images):
     images = np.random.default_rng(4).integers(0, 256, size=(n_images, 3, 96, 96)).astype(np.uint8)
-    detector = Detector(small_model, 0.08)
-    found = detect_all(detector, iter(images), batch_size=2)
+    small = Detector(small_model, 0.08)
+    found = detect_all(small, iter(images), batch_size=2)
     assert len(found) == n_images
     for boxes, image in zip(found, images, strict=True):
-        (alone,) = detector.detect([image])
+        (alone,) = small.detect([image])
         np.testing.assert_allclose(boxes.score, alone.score, rtol=1e-4)
 
 

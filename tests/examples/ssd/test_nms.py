@@ -27,6 +27,25 @@ def test_keeps_what_chainercv_keeps(seed, dtype, limit):
         assert ours.dtype == theirs.dtype
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_thousands_of_boxes_are_kept_as_in_chainercv(ordered):
+    rng = np.random.default_rng(5)
+    bbox = random_boxes(rng, 3000)
+    score = None if ordered else rng.permutation(3000).astype(np.float32)
+    ours = non_maximum_suppression(bbox, 0.45, score)
+    assert 10 < len(ours) < 2000
+    np.testing.assert_array_equal(ours, utils.non_maximum_suppression(bbox, 0.45, score))
+
+
+def test_equal_boxes_and_scores_are_kept_as_in_chainercv():
+    rng = np.random.default_rng(6)
+    bbox = np.floor(random_boxes(rng, 300) / 20) * 20
+    bbox[:, 2:] += 20
+    score = rng.integers(3, size=300).astype(np.float32)
+    ours = non_maximum_suppression(bbox, 0.5, score)
+    np.testing.assert_array_equal(ours, utils.non_maximum_suppression(bbox, 0.5, score))
+
+
 def test_a_box_at_the_threshold_is_suppressed():
     # Intersection 3 and union 4.
     bbox = np.array([[0, 0, 4, 1], [0, 0, 3, 1]], dtype=np.float64)
@@ -43,7 +62,7 @@ def test_boxes_of_other_groups_do_not_suppress():
     rng = np.random.default_rng(0)
     bbox = random_boxes(rng, 60)
     rows, groups = rng.integers(60, size=200), rng.integers(3, size=200)
-    kept = suppress(bbox, 0.45, rows, groups)
+    kept = suppress(bbox.T, 0.45, rows, groups)
     expected = []
     for group in range(3):
         places = np.flatnonzero(groups == group)
@@ -55,9 +74,9 @@ def test_the_limit_counts_over_all_groups():
     rng = np.random.default_rng(1)
     bbox = random_boxes(rng, 60)
     rows, groups = rng.integers(60, size=200), rng.integers(3, size=200)
-    everything = suppress(bbox, 0.45, rows, groups)
+    everything = suppress(bbox.T, 0.45, rows, groups)
     assert len(everything) > 9
-    np.testing.assert_array_equal(suppress(bbox, 0.45, rows, groups, limit=9), everything[:9])
+    np.testing.assert_array_equal(suppress(bbox.T, 0.45, rows, groups, limit=9), everything[:9])
 
 
 @pytest.mark.parametrize("odd", [np.inf, np.nan])

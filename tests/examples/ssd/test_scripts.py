@@ -164,6 +164,13 @@ def test_bad_input_of_evaluate_is_one_sentence(model_file, capsys, arguments, wo
     one_sentence(capsys, words)
 
 
+def test_evaluate_says_what_an_incomplete_set_lacks(digits, model_file, tmp_path, capsys):
+    folder = shutil.copytree(digits, tmp_path / "digits")
+    (folder / "digits.json").unlink()
+    assert status_of(evaluate.main, [str(model_file), "--dataset-dir", str(folder)]) == 2
+    one_sentence(capsys, f"{folder} is no complete digits set, since digits.json can't be read (No such file")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("n_fg_class", [10, 20])
 def test_a_file_tells_its_model_and_number_of_classes(tmp_path, name, n_fg_class):
