@@ -160,16 +160,13 @@ def _affine(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
     """factor * pixels + offset, clipped and cut to whole numbers as in ChainerCV: 256 values to look up."""
     if factor == 1 and offset == 0:
         return pixels
-    return cv2.LUT(pixels, _affine_table(factor, offset))
-
-
-def _affine_table(factor: float, offset: float) -> np.ndarray:
-    return np.clip(VALUES * factor + offset, 0, 255).astype(np.uint8)
+    return cv2.LUT(pixels, np.clip(VALUES * factor + offset, 0, 255).astype(np.uint8))
 
 
 def _turn_colours(pixels: np.ndarray, saturation: float, hue: int) -> np.ndarray:
     if saturation == 1 and hue == 0:
         return pixels
-    tables = np.stack([(VALUES + hue) % HUES, _affine_table(saturation, 0), VALUES], axis=-1)
-    hsv = cv2.LUT(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV), tables[None].astype(np.uint8))
+    hues, saturations, values = cv2.split(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))
+    hues = cv2.LUT(hues, ((VALUES + hue) % HUES).astype(np.uint8))
+    hsv = cv2.merge([hues, _affine(saturations, saturation, 0), values])
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -21,7 +21,7 @@ DECODERS = ("per-class", "argmax")
 NMS_THRESH = 0.45
 MOST_BOXES = 200
 # So many candidates for each box that is wanted are nearly always enough.
-SHORTLIST = 5
+SHORTLIST = 6
 # For mean average precision every candidate counts; for the eye only the sure ones.
 EVALUATION_THRESH = 0.01
 DRAWING_THRESH = 0.6
@@ -101,7 +101,7 @@ def pick_boxes(
 
     Args:
         corners: (4, K): y_min, x_min, y_max, x_max.
-        scores: (K, classes without the background).
+        scores: float32 (K, classes without the background), not negative.
         score_thresh: boxes with a lower score are left out.
         nms_thresh: intersection over union from which on boxes overlap.
         limit: the most boxes that are left.
@@ -121,7 +121,10 @@ def _pick(
     corners: np.ndarray, scores: np.ndarray, score_thresh: float, nms_thresh: float, limit: int
 ) -> Boxes:
     places = np.flatnonzero(scores >= score_thresh)
-    places = places[np.argsort(-scores.ravel()[places], kind="stable")]
+    # Scores are in the order of their bits. To sort these together with the places is several times as fast
+    # as a stable argsort, and resolves ties alike.
+    bits = scores.ravel()[places].view(np.int32).astype(np.int64)
+    places = np.sort((-bits << 32) + places) & (2**32 - 1)
     rows, labels = np.divmod(places, scores.shape[1])
     kept = suppress(corners, nms_thresh, rows, labels, limit)
     rows, labels = rows[kept], labels[kept]

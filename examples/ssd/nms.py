@@ -6,8 +6,8 @@ import numpy as np
 
 from overlap import overlaps
 
-# So many overlaps are computed at a time; more would not fit into the processor's cache.
-BLOCK = 2**14
+# Overlaps are computed for so many boxes at a time.
+BLOCK = 64
 
 
 def non_maximum_suppression(
@@ -40,26 +40,27 @@ def suppress(
         groups: which group (class) it belongs to, int (N,).
         limit: stop after so many.
     """
-    # Overlaps are computed for the first boxes first, and only for as many as it takes.
+    # Boxes are numbered as they come, and a box is compared with those before it, and with few others.
     used = list(dict.fromkeys(rows.tolist()))
     corners = corners.take(used, axis=1)
     number = np.empty(max(used, default=-1) + 1, dtype=int)
     number[used] = np.arange(len(used))
-    ahead = max(1, BLOCK // max(1, len(used)))
-    # Sets of boxes are whole numbers with a bit for each box: what a box overlaps, and what is suppressed in
-    # a group.
+    # Sets of boxes are whole numbers with a bit for each: what a box overlaps, and by group the kept boxes
+    # and those that they overlap.
     overlapped: list[int] = []
-    suppressed = [0] * (groups.max(initial=-1) + 1)
+    chosen = [0] * (groups.max(initial=-1) + 1)
+    suppressed = chosen.copy()
     kept: list[int] = []
     for position, (box, group) in enumerate(zip(number[rows].tolist(), groups.tolist(), strict=True)):
-        if suppressed[group] >> box & 1:
+        if box == len(overlapped):
+            end = box + BLOCK
+            overlapped += _sets(overlaps(corners[:, box:end], corners[:, :end]) >= thresh)
+        if suppressed[group] >> box & 1 or chosen[group] & overlapped[box]:
             continue
         kept.append(position)
         if len(kept) == limit:
             break
-        while len(overlapped) <= box:
-            due = corners[:, len(overlapped) : len(overlapped) + ahead]
-            overlapped += _sets(overlaps(due, corners) >= thresh)
+        chosen[group] |= 1 << box
         suppressed[group] |= overlapped[box]
     return np.array(kept, dtype=int)
 
