@@ -180,6 +180,22 @@ def test_images_stay_in_the_order_in_memory_that_torch_wants(dtype, rng):
         assert memory_order(variable.grad) == (0, 2, 3, 1)
 
 
+@WITH_TORCH
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_images_too_large_for_a_cache_keep_the_channels_first(dtype, rng):
+    """In any order they come, with the same results as others."""
+    x, W = random(rng, 2, 8, 100, 90, dtype=dtype), random(rng, 4, 8, 3, 3, dtype=dtype)
+    function = convolution({"stride": 1, "pad": 1})
+    strided = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    gy = random(rng, 2, 4, 100, 90, dtype=dtype)
+    expected, expected_gradients = run(function, [x, W], gy, "torch")
+    actual, gradients = run(function, [strided, W], gy, "torch")
+    check("torch", function, [strided, W], rng)
+    for result, reference in zip([actual, *gradients], [expected, *expected_gradients], strict=True):
+        assert result.flags.c_contiguous
+        np.testing.assert_array_equal(result, reference)
+
+
 @EACH_PROVIDER
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
