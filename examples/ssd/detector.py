@@ -106,6 +106,7 @@ def pick_boxes(
         nms_thresh: intersection over union from which on boxes overlap.
         limit: the most boxes that are left.
     """
+    scores = np.ascontiguousarray(scores)
     most = SHORTLIST * limit
     if most < scores.size:
         higher = np.partition(scores, -most, axis=None)[-most]

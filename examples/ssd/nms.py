@@ -47,6 +47,7 @@ def suppress(
     number[used] = np.arange(len(used))
     # Sets of boxes are whole numbers with a bit for each: what a box overlaps, and by group the kept boxes
     # and those that they overlap.
+    bits = [1 << box for box in range(len(used))]
     overlapped: list[int] = []
     chosen = [0] * (groups.max(initial=-1) + 1)
     suppressed = chosen.copy()
@@ -55,12 +56,12 @@ def suppress(
         if box == len(overlapped):
             end = box + BLOCK
             overlapped += _sets(overlaps(corners[:, box:end], corners[:, :end]) >= thresh)
-        if suppressed[group] >> box & 1 or chosen[group] & overlapped[box]:
+        if suppressed[group] & bits[box] or chosen[group] & overlapped[box]:
             continue
         kept.append(position)
         if len(kept) == limit:
             break
-        chosen[group] |= 1 << box
+        chosen[group] |= bits[box]
         suppressed[group] |= overlapped[box]
     return np.array(kept, dtype=int)
 
