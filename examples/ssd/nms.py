@@ -41,18 +41,18 @@ def suppress(
         limit: stop after so many.
     """
     # Boxes are numbered as they come, and a box is compared with those before it, and with few others.
-    used = list(dict.fromkeys(rows.tolist()))
-    corners = corners.take(used, axis=1)
-    number = np.empty(max(used, default=-1) + 1, dtype=int)
-    number[used] = np.arange(len(used))
+    order = rows.tolist()
+    number = {row: box for box, row in enumerate(dict.fromkeys(order))}
+    corners = corners.take(list(number), axis=1)
     # Sets of boxes are whole numbers with a bit for each: what a box overlaps, and by group the kept boxes
     # and those that they overlap.
-    bits = [1 << box for box in range(len(used))]
+    bits = [1 << box for box in number.values()]
     overlapped: list[int] = []
     chosen = [0] * (groups.max(initial=-1) + 1)
     suppressed = chosen.copy()
     kept: list[int] = []
-    for position, (box, group) in enumerate(zip(number[rows].tolist(), groups.tolist(), strict=True)):
+    for position, (row, group) in enumerate(zip(order, groups.tolist(), strict=True)):
+        box = number[row]
         if box == len(overlapped):
             end = box + BLOCK
             overlapped += _sets(overlaps(corners[:, box:end], corners[:, :end]) >= thresh)
