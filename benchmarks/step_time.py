@@ -21,7 +21,7 @@ PHASES = ("forward", "backward", "update")
 
 
 def main() -> None:
-    time_models("step_time", __doc__.split("\n\n")[0], WORKLOADS, 180, measure)
+    time_models("step_time", __doc__.split("\n\n")[0], WORKLOADS, 300, measure)
 
 
 def measure(name: str, machine: Machine, options: argparse.Namespace) -> str:
