@@ -106,7 +106,7 @@ def pick_boxes(
         nms_thresh: intersection over union from which on boxes overlap.
         limit: the most boxes that are left.
     """
-    scores = np.ascontiguousarray(scores)
+    scores = np.ascontiguousarray(scores, dtype=np.float32)
     most = SHORTLIST * limit
     if most < scores.size:
         higher = np.partition(scores, -most, axis=None)[-most]

@@ -85,7 +85,7 @@ def test_boxes_are_those_of_chainercv(coder, seed, score_thresh):
 def test_at_most_the_best_boxes_are_left(coder, limit, distinct):
     """Also where many candidates have the same score, and the shortlist ends among them."""
     corners, scores = random_scores(coder, 0)
-    scores = np.ceil(scores * distinct).astype(np.float32) / distinct
+    scores = (np.ceil(scores * distinct) / distinct).astype(np.float32)
     everything = pick_boxes(corners, scores, 0.01, limit=10**6)
     few = pick_boxes(corners, scores, 0.01, limit=limit)
     assert len(everything.score) > 20
