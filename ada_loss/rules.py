@@ -175,9 +175,10 @@ def _safe_shift(measurement: Measurement) -> float:
 
 
 def _shift_to(target: float, magnitude: float) -> float:
-    """The largest shift that leaves a magnitude at or below `target`; inf if it is beyond float64's range."""
+    """The largest shift that leaves a magnitude at or below `target`; inf or -inf if it is beyond float64's
+    range."""
     scale = target / magnitude if magnitude else math.inf
-    return floor_log2(scale) if scale < math.inf else math.inf
+    return floor_log2(scale) if 0 < scale < math.inf else math.copysign(math.inf, scale - 1)
 
 
 @functools.cache

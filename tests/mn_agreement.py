@@ -6,7 +6,9 @@ from typing import Any
 
 import chainer
 import numpy as np
+from chainer import optimizers
 
+from ada_loss.config import AdaLossConfig
 from helpers import dtype
 from mn_training import BATCH, no_norm, prepared, share, steps
 from toy import batch, masters, training
@@ -66,7 +68,7 @@ def exponents(comm: Any) -> dict[str, Any]:
             array, exponent = np.frexp(value)
             parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
         parameters.append(parameter)
-    agreed = lend_at_agreed_exponents(parameters, Many())
+    agreed, _ = lend_at_agreed_exponents(parameters, Many())
     lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
     return {
         **{name: np.zeros(0) if array is None else array for name, array in lent.items()},
@@ -123,6 +125,20 @@ def accumulation(comm: Any) -> dict[str, Any]:
             found[f"known after step {step}"] = np.array(known)
             found |= {f"{path} after step {step}": array for path, array in masters(target).items()}
     return found
+
+
+def own_timing(comm: Any) -> dict[str, Any]:
+    """The shifts of a layer that alone is delayed, in steps whose gradients become smaller by 2**-4 each."""
+    with dtype("mixed16"):
+        target = training(method="auto", norm=no_norm)
+        target.model.link.last.ada_loss_config = AdaLossConfig(loss_scale_method="auto", timing="delayed")
+        optimizer = prepared(target, comm, optimizers.SGD(0.0), hooks=())
+        shifts = []
+        for step in range(6):
+            target.weight = 2.0 ** (-4 * step)
+            steps(target, optimizer, comm, [1])
+            shifts += [d.shift + d.exponent for d in target.model.decisions if d.site.path == "/last"]
+    return {"shifts": np.array(shifts[2:])}
 
 
 def statistics(comm: Any) -> dict[str, Any]:

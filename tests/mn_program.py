@@ -22,7 +22,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.config import METHODS
 from helpers import dtype
-from mn_agreement import accumulation, communication, delayed, exponents, statistics
+from mn_agreement import accumulation, communication, delayed, exponents, own_timing, statistics
 from mn_training import BATCH, no_norm, outcome, prepared, share, steps
 from toy import batch, masters, training, values
 
@@ -274,6 +274,7 @@ SEVERAL: dict[str, Any] = {
     "statistics": statistics,
     "delayed": delayed,
     "accumulation": accumulation,
+    "own timing": own_timing,
     **{
         f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
     },

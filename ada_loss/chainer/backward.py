@@ -167,10 +167,11 @@ def _meeting(tag: Tag | None) -> Meeting:
 
 def _aligned(gys: list[InFlight | None], tag: Tag | None) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
-    if len(present) > 1:
-        arrays, exponent = align(present, _meeting(tag))
-    else:
-        arrays, exponent = [gy.array for gy in present], sum(gy.exponent for gy in present)
+    if not present:
+        return (None,) * len(gys), 0
+    if len(present) == 1:
+        return tuple(gy and gy.array for gy in gys), present[0].exponent
+    arrays, exponent = align(present, _meeting(tag))
     remaining = iter(arrays)
     return tuple(None if gy is None else next(remaining) for gy in gys), exponent
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from chainer.functions.math.basic_math import Add, MultiAdd
 
 from ada_loss.casting import cast
 from ada_loss.statistics import largest_magnitude, module_of
@@ -86,15 +87,18 @@ def add(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE, *, wide: boo
     adds them; that of float16 ones in float32, and rounded once, or not at all if `wide`."""
     if len(gradients) == 1:
         return gradients[0]
-    first, *others = gradients
-    dtype = first.array.dtype
+    dtype = gradients[0].array.dtype
     widest = np.promote_types(dtype, np.float32)
     dtype = widest if wide else dtype
     exponent = _common_exponent(gradients, meeting, {dtype})
-    total = shifted(first.array, exponent - first.exponent, widest)
-    for other in others:
-        total = total + shifted(other.array, exponent - other.exponent, widest)
-    return InFlight(cast(module_of(first.array).asarray(total), dtype), exponent)
+    parts = (shifted(array, exponent - carried, widest) for array, carried in gradients)
+    # By Chainer's own functions: where memory orders meet, that of the sum depends on the function, and on it
+    # the bits of later sums.
+    function = Add() if len(gradients) == 2 else MultiAdd()
+    (total,) = function.forward((next(parts), next(parts)))
+    for part in parts:
+        total += part
+    return InFlight(cast(total, dtype), exponent)
 
 
 def _common_exponent(gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -59,15 +60,18 @@ class PreparedMultiNodeOptimizer:
             self._start_from_rank_0(target)
             return
         parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
-        exponents = lend_at_agreed_exponents(parameters, self.communicator)
+        policies = [scope.policy for scope in scopes(target)]
+        nothing_begun = [int(not policy.measures) for policy in policies]
+        exponents, nothing_begun = lend_at_agreed_exponents(parameters, self.communicator, nothing_begun)
         try:
             self.communicator.multi_node_mean_grad(target, self.zero_fill)
         finally:
             for parameter, exponent in zip(parameters, exponents, strict=True):
                 parameter.reclaim(exponent)
-        for scope in scopes(target):
-            if scope.config.timing == "delayed":
-                scope.policy.learn(partial(agreed_by_all, communicator=self.communicator))
+        for policy, nothing in zip(policies, nothing_begun, strict=True):
+            # What one rank has begun to measure, perhaps of a layer with a timing of its own, concerns all.
+            if not nothing:
+                policy.learn(partial(agreed_by_all, communicator=self.communicator))
         self.actual_optimizer.update()
 
     def is_changed(self, target: chainer.Link) -> bool:
@@ -122,7 +126,9 @@ def prepare_multi_node(optimizer: Any) -> Any:
     return optimizer
 
 
-def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: Any) -> list[int]:
+def lend_at_agreed_exponents(
+    parameters: list[ScaledParameter], communicator: Any, others: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
     """Show every parameter's gradient to the communicator: true, but for one exponent that all ranks agree
     on.
 
@@ -130,22 +136,24 @@ def lend_at_agreed_exponents(parameters: list[ScaledParameter], communicator: An
     rounding to float16 costs nothing that the sum would show. A rank without a gradient lends zeros where
     another has one.
 
-    parameters: the same on all ranks, in the same order. Returns the exponents, for
-    `ScaledParameter.reclaim`.
+    parameters: the same on all ranks, in the same order. others: numbers of which the same reduction finds
+    the smallest over the ranks. Returns the exponents, for `ScaledParameter.reclaim`, and what became of
+    `others`.
     """
     gradients = [parameter.true_gradient() for parameter in parameters]
     present = [gradient for gradient in gradients if gradient is not None]
     peaks = iter(_peaks(present))
     limit = FLOAT16.max / communicator.size
     wanted = [_NONE if gradient is None else _largest_exponent(next(peaks), limit) for gradient in gradients]
-    agreed = _minimum(wanted, communicator)
+    smallest = _minimum([*wanted, *others], communicator)
+    agreed, others = smallest[: len(wanted)], smallest[len(wanted) :]
     exponents = [0 if exponent >= _ZERO else exponent for exponent in agreed]
     for parameter, gradient, exponent, known in zip(parameters, gradients, exponents, agreed, strict=True):
         if gradient is None and known != _NONE:
             xp = parameter.device.xp
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
         parameter.lend(None if gradient is None else shifted(gradient, exponent))
-    return exponents
+    return exponents, others
 
 
 def agreed_by_all(mine: Learned, *, communicator: Any) -> Learned:

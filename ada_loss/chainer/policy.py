@@ -105,7 +105,8 @@ class ShiftPolicy:
         known = self.decisions.get(site)
         before = known.range if known is not None and known.method == config.loss_scale_method else None
         found = before
-        if found is None or self._is_due(config):
+        # Where there was nothing to scale, nothing is known yet.
+        if found is None or found.safe == math.inf or self._is_due(config):
             summarize = self._begin_weight if parameter and self._calls[site.path] > 1 else begin
             begun = combine(
                 partial(find_range, config, exponent),
@@ -139,7 +140,8 @@ class ShiftPolicy:
         self._met.update(sites)
         found = [self._peaks.get(site, math.nan) for site in sites]
         unknown = any(map(math.isnan, found))
-        if unknown or self._is_due(self.config):
+        # Of a gradient that was zero nothing is known either.
+        if unknown or 0 in found or self._is_due(self.config):
             begun = [combine(partial(_true_peak, g.exponent), begin_largest(g.array)) for g in gradients]
             if unknown or self.config.timing == "current":
                 found = fetch(begun)
@@ -160,6 +162,11 @@ class ShiftPolicy:
     def settings(self, site: Site, own: AdaLossConfig | None = None) -> AdaLossConfig:
         """The settings at a site; own: those of the site itself, if it has any."""
         return own or self.layers.get(site.path, self.config)
+
+    @property
+    def measures(self) -> bool:
+        """Whether something has been begun to measure that nothing has been learned from yet."""
+        return bool(self._begun or self._begun_peaks)
 
     def learn(self, agree: Callable[[Learned], Learned] | None = None) -> None:
         """Let the next decisions follow from what has been begun to measure, with one transfer from a GPU.

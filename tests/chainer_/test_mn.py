@@ -156,9 +156,9 @@ class TestRanksTrainAsOne:
 
 
 class TestAgreement:
-    def test_takes_one_reduction_of_one_integer_per_parameter_a_step(self, ranks):
+    def test_takes_one_reduction_of_one_integer_per_parameter_and_model_a_step(self, ranks):
         result = ranks.the_same("communication")
-        assert result["sizes"].tolist() == [result["parameters"]] * 3
+        assert result["sizes"].tolist() == [result["parameters"] + 1] * 3
 
     def test_with_delayed_timing_all_ranks_decide_by_what_all_have_measured(self, ranks):
         first, *others = results = ranks["delayed"]
@@ -171,6 +171,10 @@ class TestAgreement:
 
     def test_with_delayed_timing_includes_all_backward_passes_of_a_step(self, ranks):
         ranks.the_same("accumulation")
+
+    def test_includes_what_a_layer_with_a_timing_of_its_own_has_measured(self, ranks):
+        result = ranks.the_same("own timing")
+        assert np.diff(result["shifts"]).tolist() == [4, 4, 4]
 
     def test_lends_gradients_that_can_be_added_in_float16(self, ranks):
         for result in ranks["exponents"]:

@@ -145,6 +145,32 @@ def test_a_step_without_gradients_makes_nothing_be_forgotten(settings, x):
     assert shifts[0] == shifts[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "later"), [({"timing": "delayed"}, 2), ({"update_per_n_iteration": 9}, 1)]
+)
+def test_what_was_zero_when_it_was_measured_is_measured_again(settings, later, x):
+    model, steady = scaled_stack(**settings), scaled_stack()
+    steady.link.copyparams(model.link)
+    optimizers = [prepared(each, chainer.optimizers.SGD(0.0)) for each in (model, steady)]
+    for factor in (0.0, *[1.0] * later):
+        shifts = step(model, x, factor), step(steady, x)
+        for optimizer in optimizers:
+            optimizer.update()
+    assert shifts[0] == shifts[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "later"), [({"timing": "delayed"}, 2), ({"update_per_n_iteration": 9}, 1)]
+)
+def test_sizes_of_gradients_that_were_zero_when_they_met_are_looked_at_again(settings, later):
+    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
+    for magnitude in (0.0, *[5.0] * later):
+        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
+        peaks = chosen.meeting().peaks(gradients)
+        chosen.end_step(finite=True)
+    assert peaks == [5.0, 5.0]
+
+
 @pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
 def test_sizes_of_gradients_that_meet_are_remembered_over_a_step_without_any(settings):
     chosen = ShiftPolicy(AdaLossConfig(**settings), {})

@@ -12,7 +12,7 @@ In float16 they all but `chainer` read float16, multiply and add in float32 and 
 float16, which is what tensor cores do.
 
 Under `torch` the CPU's convolutions leave all but large images with the channels last in memory, as Chainer's
-own do. Shapes are Chainer's, and other kernels keep the order that they find.
+own do. Shapes are Chainer's, and most other functions keep the order that they find.
 """
 
 from __future__ import annotations

@@ -293,8 +293,8 @@ def _batch_normalization_grad(
 def _elementwise(
     function: Callable[..., torch.Tensor], arrays: Arrays, dtypes: tuple[np.dtype[Any], ...] = _FLOATS
 ) -> Arrays | None:
-    """A function of NumPy arrays of one of these types, broadcast, with Chainer's bits: float16 is computed
-    in float32 and rounded once."""
+    """A function of NumPy arrays of one of these types, broadcast, with Chainer's bits but for a ReLU's -0:
+    float16 is computed in float32 and rounded once."""
     dtype = arrays[0].dtype
     # Of what PyTorch cannot have as it lies, it would take a copy.
     if dtype not in dtypes or not all(

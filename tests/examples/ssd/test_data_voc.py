@@ -115,7 +115,7 @@ def test_what_has_been_read_is_not_read_again(broken):
 
 def test_only_so_many_images_stay_in_memory(devkit, monkeypatch):
     dataset = open_train(devkit)
-    monkeypatch.setattr(data_voc, "IN_MEMORY", 1)
+    monkeypatch.setattr(data_voc, "IN_MEMORY", dataset.image(0).nbytes)
     for i in range(2):
         np.testing.assert_array_equal(dataset.image(i), dataset.image(i))
     assert [dataset.image(i) is dataset.image(i) for i in range(2)] == [True, False]
