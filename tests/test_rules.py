@@ -289,9 +289,9 @@ def test_zeros_and_non_finite_values_give_no_shift(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("magnitude", [1e-200, 5e-324])
-def test_products_that_not_even_float64_holds_give_no_shift(method, magnitude):
-    gy, weight = np.full((3, 4), magnitude), np.full((4, 2), 1e-150)
+@pytest.mark.parametrize("magnitudes", [(1e-200, 1e-150), (5e-324, 1e-150), (1e200, 1e150)])
+def test_products_that_not_even_float64_holds_give_no_shift(method, magnitudes):
+    gy, weight = np.full((3, 4), magnitudes[0]), np.full((4, 2), magnitudes[1])
     for config in (AdaLossConfig(loss_scale_method=method), unbounded(method)):
         assert shift_of(config, gy, weight, fan=4) == 0
 
