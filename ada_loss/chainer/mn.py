@@ -149,10 +149,11 @@ def lend_at_agreed_exponents(
     agreed, others = smallest[: len(wanted)], smallest[len(wanted) :]
     exponents = [0 if exponent >= _ZERO else exponent for exponent in agreed]
     for parameter, gradient, exponent, known in zip(parameters, gradients, exponents, agreed, strict=True):
+        xp = parameter.device.xp
         if gradient is None and known != _NONE:
-            xp = parameter.device.xp
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
-        parameter.lend(None if gradient is None else shifted(gradient, exponent))
+        # Communicators send memory as it lies, and some receive it in C's order.
+        parameter.lend(None if gradient is None else xp.ascontiguousarray(shifted(gradient, exponent)))
     return exponents, others
 
 

@@ -137,7 +137,7 @@ class TestParameters:
         for _ in range(5):
             losses.append(float(weighted_sum(model(x)).array))
             for path, gradient in step(model, x).items():
-                dict(model.namedparams())[path].array[...] -= 0.02 * gradient
+                dict(model.namedparams())[path].array[...] -= 0.005 * gradient
         assert losses == sorted(losses, reverse=True)
 
 

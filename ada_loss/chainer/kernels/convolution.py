@@ -45,7 +45,10 @@ def convolve_grad_weight(x: np.ndarray, gy: np.ndarray, geometry: Geometry, dtyp
         for part in Patches(x, geometry, gy.shape[2:]):
             embedded = part.embed(gy).reshape(groups, out_channels // groups, -1)
             total += np.matmul(part.columns, embedded.transpose(0, 2, 1))
-    gradient = total.transpose(0, 2, 1).reshape(out_channels, in_channels, *geometry.kernel)
+    # In C's order, since ChainerMN leaves gradients of parameters in any other as they are.
+    gradient = np.ascontiguousarray(total.transpose(0, 2, 1)).reshape(
+        out_channels, in_channels, *geometry.kernel
+    )
     return to_float16(gradient) if dtype == np.float16 else gradient
 
 

@@ -38,3 +38,16 @@ def test_gradients_in_float32_are_those_of_plain_chainer(provider, combine, rng)
     x = rng.standard_normal((4, 3, 8, 8)).astype(np.float32)
     with kernels.using(provider):
         assert_exact(Net(combine), [x], mixed16=None)
+
+
+@EACH_PROVIDER
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_gradients_of_parameters_lie_as_chainermn_needs_them(provider, dtype, rng):
+    x = rng.standard_normal((4, 3, 8, 8)).astype(dtype)
+    shapes = [(8, 3, 3, 3), (8, 2, 3, 3), (8,), (5, 8 * 8 * 8), (4, 8, 1, 1)]
+    W, V, b, U, T = (chainer.Parameter(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
+    with kernels.using(provider):
+        h = F.relu(F.convolution_2d(x, W, b, pad=1))
+        h = F.deconvolution_2d(F.convolution_2d(F.convolution_2d(h, V, pad=1, groups=4), T), T)
+        F.sum(F.linear(h, U)).backward()
+    assert all(parameter.grad.flags.c_contiguous for parameter in (W, V, b, U, T))
