@@ -133,52 +133,54 @@ def test_all_backward_passes_over_a_graph_count_for_the_next_delayed_step(factor
     assert step(model, x) == expected
 
 
-@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
+def last_shifts(model, x, factors):
+    """Those of the last of some steps, with an update after each that changes nothing."""
+    optimizer = prepared(model, chainer.optimizers.SGD(0.0))
+    for factor in factors:
+        shifts = step(model, x, factor)
+        optimizer.update()
+    return shifts
+
+
+def last_peaks(settings, magnitudes):
+    """What is taken for the sizes of two gradients that meet in the last of some steps."""
+    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
+    for magnitude in magnitudes:
+        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
+        peaks = chosen.meeting().peaks(gradients)
+        chosen.end_step(finite=True)
+    return peaks
+
+
+BETWEEN = pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
+AFTERWARDS = pytest.mark.parametrize(
+    ("settings", "later"), [({"timing": "delayed"}, 2), ({"update_per_n_iteration": 9}, 1)]
+)
+
+
+@BETWEEN
 def test_a_step_without_gradients_makes_nothing_be_forgotten(settings, x):
     model, steady = scaled_stack(**settings), scaled_stack(**settings)
     steady.link.copyparams(model.link)
-    optimizers = [prepared(each, chainer.optimizers.SGD(0.0)) for each in (model, steady)]
-    for factor in (1.0, 1.0, 0.0, 1.0):
-        shifts = step(model, x, factor), step(steady, x)
-        for optimizer in optimizers:
-            optimizer.update()
-    assert shifts[0] == shifts[1]
+    assert last_shifts(model, x, (1.0, 1.0, 0.0, 1.0)) == last_shifts(steady, x, (1.0, 1.0, 1.0, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("settings", "later"), [({"timing": "delayed"}, 2), ({"update_per_n_iteration": 9}, 1)]
-)
+@AFTERWARDS
 def test_what_was_zero_when_it_was_measured_is_measured_again(settings, later, x):
     model, steady = scaled_stack(**settings), scaled_stack()
     steady.link.copyparams(model.link)
-    optimizers = [prepared(each, chainer.optimizers.SGD(0.0)) for each in (model, steady)]
-    for factor in (0.0, *[1.0] * later):
-        shifts = step(model, x, factor), step(steady, x)
-        for optimizer in optimizers:
-            optimizer.update()
-    assert shifts[0] == shifts[1]
+    ones = [1.0] * later
+    assert last_shifts(model, x, (0.0, *ones)) == last_shifts(steady, x, (1.0, *ones))
 
 
-@pytest.mark.parametrize(
-    ("settings", "later"), [({"timing": "delayed"}, 2), ({"update_per_n_iteration": 9}, 1)]
-)
+@AFTERWARDS
 def test_sizes_of_gradients_that_were_zero_when_they_met_are_looked_at_again(settings, later):
-    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
-    for magnitude in (0.0, *[5.0] * later):
-        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
-        peaks = chosen.meeting().peaks(gradients)
-        chosen.end_step(finite=True)
-    assert peaks == [5.0, 5.0]
+    assert last_peaks(settings, (0.0, *[5.0] * later)) == [5.0, 5.0]
 
 
-@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
+@BETWEEN
 def test_sizes_of_gradients_that_meet_are_remembered_over_a_step_without_any(settings):
-    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
-    for magnitude in (3.0, 3.0, 0.0, 5.0):
-        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
-        peaks = chosen.meeting().peaks(gradients)
-        chosen.end_step(finite=True)
-    assert peaks == [3.0, 3.0]
+    assert last_peaks(settings, (3.0, 3.0, 0.0, 5.0)) == [3.0, 3.0]
 
 
 def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
