@@ -1,7 +1,7 @@
 """Adaptive loss scaling for float16 training: every layer finds its own power-of-two scale.
 
 This package is light to import. The Chainer engine is in `ada_loss.chainer`; the rules that choose the
-scales are in `ada_loss.rules` and know nothing of Chainer.
+scales are in `ada_loss.core.rules` and know nothing of Chainer.
 """
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 from chainer import optimizers
 
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 from helpers import dtype
 from mn_training import BATCH, no_norm, prepared, share, steps
 from toy import batch, masters, training

@@ -20,7 +20,7 @@ from chainer import optimizers
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from ada_loss.chainer import AdaLossScaled, Diverged
-from ada_loss.config import METHODS
+from ada_loss.core.config import METHODS
 from helpers import dtype
 from mn_agreement import accumulation, communication, delayed, exponents, own_timing, statistics
 from mn_training import BATCH, no_norm, outcome, prepared, share, steps

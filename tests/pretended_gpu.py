@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ada_loss import device_statistics
+from ada_loss.arrays import device_statistics
 
 LOOKS = ("largest_magnitude", "all_finite")
-"""The functions of `ada_loss.statistics` that wait for a GPU, besides `fetch`."""
+"""The functions of `ada_loss.arrays.statistics` that wait for a GPU, besides `fetch`."""
 
 
 class PretendedGpu(ModuleType):
@@ -61,8 +61,8 @@ def figures(xp: Any, array: Any, logs: bool) -> Any:
 
 
 def _replace(monkeypatch: pytest.MonkeyPatch, name: str, made: Callable[[Any], Any]) -> None:
-    """Put another function in place of one of `ada_loss.statistics`, wherever it was imported."""
-    plain = getattr(sys.modules["ada_loss.statistics"], name)
+    """Put another function in place of one of `ada_loss.arrays.statistics`, wherever it was imported."""
+    plain = getattr(sys.modules["ada_loss.arrays.statistics"], name)
     other = made(plain)
     for module in [module for path, module in sys.modules.items() if path.startswith("ada_loss")]:
         if getattr(module, name, None) is plain:

@@ -12,7 +12,7 @@ import chainer.links as L
 import numpy as np
 
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.config import TIMINGS
+from ada_loss.core.config import TIMINGS
 from helpers import assert_same_bits, dtype, signal_to_noise
 
 STEPS = 2

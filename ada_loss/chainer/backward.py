@@ -32,12 +32,12 @@ from chainer import _backprop
 from chainer.functions.util.forget import Forget, _call_func
 from chainer.variable import VariableNode, _check_grad_type
 
-from ada_loss.chainer import passes
-from ada_loss.chainer.decisions import backward_arrays, enters_float16, input_gradient, products_of
+from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
+from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
 from ada_loss.chainer.parameters import adopt
-from ada_loss.chainer.recorder import Tag, tag_of
-from ada_loss.chainer.sums import gradients_in_range, parameter_gradients
+from ada_loss.chainer.products import backward_arrays, enters_float16, input_gradient, products_of
+from ada_loss.chainer.tagging import Tag, tag_of
 
 Inputs = list[tuple[VariableNode, InFlight]]
 
@@ -75,7 +75,7 @@ class BackwardPass:
                 continue
             if isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
                 # Without a scope in this pass, what the gradient was added to was in flight.
-                adopt(variable).receive(gradient, passes.loss_scale(), scoped=scoped)
+                adopt(variable).receive(gradient, backward_state.loss_scale(), scoped=scoped)
             else:
                 # Passes inside this one, which F.forget starts, may have reached the leaf as well.
                 total = add([gradient, *_take_present(leaf)])
@@ -110,7 +110,7 @@ class BackwardPass:
             self._leaves[node] = self._leaves.get(node, False) or tag is not None
         elif tag is None and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
-            passes.note_entry(inside.scope.policy)
+            backward_state.note_entry(inside.scope.policy)
             gradient = InFlight(shifted(gradient.array, exponent), exponent)
         self._gradients.setdefault(node, []).append(gradient)
 
@@ -132,7 +132,7 @@ def _take_present(leaf: VariableNode) -> list[InFlight]:
     """The gradient that a leaf has from earlier passes, which is to be added to; the leaf gives it up."""
     variable = leaf.get_variable_or_none()
     if isinstance(variable, chainer.Parameter):
-        present = adopt(variable).take(passes.loss_scale())
+        present = adopt(variable).take(backward_state.loss_scale())
         return [] if present is None else [present]
     if variable is None or variable.grad_var is None:
         return []
@@ -282,7 +282,7 @@ def _holds_scope(outputs: Any) -> bool:
 _chainers_engine = inspect.unwrap(_backprop._backprop_to_all)
 
 
-@passes.noting
+@backward_state.noting
 def _engine(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
     if not _holds_scope(outputs):
         _chainers_engine(outputs, retain_grad, loss_scale)

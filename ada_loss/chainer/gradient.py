@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from chainer.functions.math.basic_math import Add, MultiAdd
 
-from ada_loss.casting import cast
-from ada_loss.statistics import largest_magnitude, module_of
+from ada_loss.arrays.casting import cast
+from ada_loss.arrays.statistics import largest_magnitude, module_of
 
 _FLOAT32_EXPONENTS = 100
 """Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""

@@ -12,6 +12,7 @@ import numpy as np
 from chainermn.optimizers import _DoubleBufferingOptimizer
 from mpi4py import MPI
 
+from ada_loss.arrays.statistics import largest_magnitude
 from ada_loss.chainer.gradient import InFlight, shifted
 from ada_loss.chainer.optimizer import (
     PreparedOptimizer,
@@ -20,11 +21,10 @@ from ada_loss.chainer.optimizer import (
     scopes,
     unique_parameters,
 )
-from ada_loss.chainer.optional import load_optional
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import Learned
-from ada_loss.formats import FLOAT16
-from ada_loss.statistics import largest_magnitude
+from ada_loss.chainer.snapshot import load_optional
+from ada_loss.core.formats import FLOAT16
 
 _NONE = np.iinfo(np.int32).max
 """Stands for the exponent of a gradient that a rank does not have."""

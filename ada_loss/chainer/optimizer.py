@@ -10,12 +10,12 @@ from typing import Any
 import chainer
 import numpy as np
 
-from ada_loss.chainer import passes
-from ada_loss.chainer.optional import load_optional
+from ada_loss.arrays.statistics import all_finite
+from ada_loss.chainer import backward_state
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled
-from ada_loss.entry_scale import EntryScale
-from ada_loss.statistics import all_finite
+from ada_loss.chainer.snapshot import load_optional
+from ada_loss.core.entry_scale import EntryScale
 
 _logger = logging.getLogger("ada_loss")
 
@@ -68,7 +68,7 @@ class PreparedOptimizer:
         own = {scope.policy for scope in scopes(self.target)}
         for policy in own:
             policy.end_step(finite=finite)
-        entered = passes.take_entered()
+        entered = backward_state.take_entered()
         if not finite:
             # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
             for policy in entered - own:

@@ -17,8 +17,8 @@ import chainer
 import numpy as np
 from chainer.variable import _allow_array_access_with_nonstandard_layout
 
-from ada_loss.casting import cast
-from ada_loss.chainer import passes
+from ada_loss.arrays.casting import cast
+from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import InFlight, add, shifted
 
 UNPREPARED = (
@@ -173,7 +173,7 @@ class ScaledParameter(chainer.Parameter):
 
     @property
     def grad_var(self) -> chainer.Variable | None:
-        if passes.running():
+        if backward_state.running():
             # The engine would take it for a part of what it computes, with the same scale, and add to it.
             return None
         self._settle()
@@ -210,11 +210,11 @@ class ScaledParameter(chainer.Parameter):
             )
 
     def _set_grad_var_without_check(self, gv: chainer.Variable | None) -> None:
-        if not passes.running():
+        if not backward_state.running():
             self._in_flight = None
             super()._set_grad_var_without_check(gv)
         elif gv is not None:
-            self._add(InFlight(gv.array), passes.loss_scale())
+            self._add(InFlight(gv.array), backward_state.loss_scale())
 
     def _add(self, gradient: InFlight, loss_scale: float) -> None:
         factor, exponent = _split(loss_scale)

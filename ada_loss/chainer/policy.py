@@ -10,15 +10,15 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ada_loss.chainer import passes
-from ada_loss.chainer.branches import FanOut
+from ada_loss.arrays.statistics import Begun, Statistics, begin, begin_largest, combine, fetch
+from ada_loss.chainer import backward_state
+from ada_loss.chainer.fan_outs import FanOut
 from ada_loss.chainer.gradient import HEADROOM, InFlight, Meeting, largest_magnitudes
-from ada_loss.chainer.recorder import Site
-from ada_loss.config import AdaLossConfig
-from ada_loss.entry_scale import EntryScale
-from ada_loss.measurement import begin_measurement
-from ada_loss.rules import Range, choose_shift, find_range
-from ada_loss.statistics import Begun, Statistics, begin, begin_largest, combine, fetch
+from ada_loss.chainer.tagging import Site
+from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.entry_scale import EntryScale
+from ada_loss.core.measurement import begin_measurement
+from ada_loss.core.rules import Range, choose_shift, find_range
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class ShiftPolicy:
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
-        if not passes.running():
+        if not backward_state.running():
             self.clear()
         self._calls[path] += 1
         return self._calls[path] - 1
@@ -97,7 +97,7 @@ class ShiftPolicy:
     ) -> Decision:
         """The shift at a site, and why, for the output gradient `gy` (array) that carries `exponent`.
 
-        weight, fan, channel_axis: see `ada_loss.measurement`; no weight at a cast. config: the site's own
+        weight, fan, channel_axis: see `core.measurement`; no weight at a cast. config: the site's own
         settings. parameter: whether `weight` is the array of a parameter, which is the same for a whole step.
         """
         self._met.add(site)

@@ -10,15 +10,15 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
-from ada_loss.chainer import passes
-from ada_loss.chainer.branches import FanOut
-from ada_loss.chainer.optional import load_optional
+from ada_loss.chainer import backward_state
+from ada_loss.chainer.fan_outs import FanOut
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import Decision, ShiftPolicy
-from ada_loss.chainer.recorder import LinkPaths, active_recorder
 from ada_loss.chainer.scope import Scope
+from ada_loss.chainer.snapshot import load_optional
+from ada_loss.chainer.tagging import LinkPaths, active_recorder
 from ada_loss.chainer.transforms import Filter, Report, transform
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 
 
 class AdaLossScaled(chainer.Chain):
@@ -97,7 +97,7 @@ class AdaLossScaled(chainer.Chain):
 
     def cleargrads(self) -> None:
         super().cleargrads()
-        if not passes.running():
+        if not backward_state.running():
             # A hook that clears gradients while backward runs is in the middle of a step.
             self.policy.clear()
 

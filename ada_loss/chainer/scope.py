@@ -9,11 +9,11 @@ from typing import Any
 import chainer
 import numpy as np
 
-from ada_loss.chainer.branches import find_branches
-from ada_loss.chainer.decisions import Product, weight_of
+from ada_loss.chainer.fan_outs import find_branches
+from ada_loss.chainer.nested import map_variables
 from ada_loss.chainer.policy import Decision, ShiftPolicy
-from ada_loss.chainer.recorder import LinkPaths, Point, Recorder
-from ada_loss.chainer.structure import map_variables
+from ada_loss.chainer.products import Product, weight_of
+from ada_loss.chainer.tagging import LinkPaths, Point, Recorder
 
 ENTRY = "(entry)"
 """The name under which the cast of a scope's own results is recorded."""

@@ -9,8 +9,8 @@ import chainer
 
 from ada_loss.chainer.links import LAYERS, as_variant
 from ada_loss.chainer.parameters import adopt
-from ada_loss.chainer.recorder import named_links
-from ada_loss.config import AdaLossConfig
+from ada_loss.chainer.tagging import named_links
+from ada_loss.core.config import AdaLossConfig
 
 Filter = Callable[[str, chainer.Link], bool]
 """Says of a link, given its path ("/extractor/conv1_1") and the link, whether to scale it."""

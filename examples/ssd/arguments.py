@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ada_loss.chainer.kernels import PROVIDERS
-from ada_loss.config import METHODS, TIMINGS, AdaLossConfig
+from ada_loss.core.config import METHODS, TIMINGS, AdaLossConfig
 from datasets import DATASETS
 from detector import DECODERS
 from errors import BAD_INPUT, SharedInputError, launched_rank

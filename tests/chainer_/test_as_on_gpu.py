@@ -8,7 +8,7 @@ import pytest
 
 import pretended_gpu
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.config import TIMINGS
+from ada_loss.core.config import TIMINGS
 from helpers import assert_same_as_float32, dtype, plain_gradients
 from toy import Twin, backward, batch, prepared, training
 from twins import DECIBEL, assert_exact, weighted_sum

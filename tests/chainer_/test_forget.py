@@ -6,7 +6,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss.config import TIMINGS
+from ada_loss.core.config import TIMINGS
 from helpers import assert_same_bits
 from twins import Graph, assert_exact, draw, exact, gradients, weighted_sum, wrapped_copy
 

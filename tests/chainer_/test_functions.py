@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossScaled, functions
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 from twins import assert_exact, weighted_sum
 
 FIXED = AdaLossConfig(loss_scale_method="fixed")

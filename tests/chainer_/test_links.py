@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossBranch, AdaLossScaled, links
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 from helpers import dtype
 from twins import assert_exact, weighted_sum
 

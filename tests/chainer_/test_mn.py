@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mn_program
-from ada_loss.config import METHODS
+from ada_loss.core.config import METHODS
 from mn_training import Alone, no_norm
 from toy import masters, training
 

@@ -7,7 +7,7 @@ import pytest
 from chainer.backends.cuda import to_cpu as on_host
 
 from ada_loss.chainer import AdaLossScaled, kernels
-from ada_loss.config import TIMINGS
+from ada_loss.core.config import TIMINGS
 from chainer_.test_as_on_gpu import METHODS, Net, images
 from helpers import dtype, signal_to_noise
 from toy import prepared

@@ -10,9 +10,9 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
+from ada_loss.arrays.statistics import all_finite
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.chainer.gradient import InFlight
-from ada_loss.statistics import all_finite
 from helpers import assert_same_bits, dtype
 from toy import a_parameter, backward, batch, compare, masters, prepared, training, values
 

@@ -10,11 +10,11 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss import measurement
-from ada_loss.chainer import AdaLossScaled, passes, policy
+from ada_loss.chainer import AdaLossScaled, backward_state, policy
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.policy import ShiftPolicy
-from ada_loss.config import METHODS, TIMINGS, AdaLossConfig
+from ada_loss.core import measurement
+from ada_loss.core.config import METHODS, TIMINGS, AdaLossConfig
 from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients
 from toy import batch, prepared, training
 
@@ -100,7 +100,7 @@ def test_a_delayed_backward_finishes_no_measurement_after_the_first_step(x, monk
     fetch, fetched = policy.fetch, []
 
     def fetch_outside(begun):
-        assert not passes.running()
+        assert not backward_state.running()
         fetched.append(len(begun))
         return fetch(begun)
 
@@ -213,7 +213,7 @@ def test_gradients_that_meet_are_not_looked_at_where_nothing_is_to_be_decided(se
     step(model, x)
     expected = model.true_gradients()
     model.policy.iteration = 1
-    for name in ("gradient", "policy", "backward", "sums"):
+    for name in ("gradient", "policy", "backward", "parameter_gradients"):
         module = sys.modules[f"ada_loss.chainer.{name}"]
         for look in ("largest_magnitude", "largest_magnitudes", "all_finite"):
             if hasattr(module, look):

@@ -12,7 +12,7 @@ import pytest
 from chainer import serializers
 
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 from helpers import assert_same_bits, dtype
 from twins import weighted_sum
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.policy import Decision
-from ada_loss.chainer.recorder import Site
-from ada_loss.config import METHODS, TIMINGS
-from ada_loss.entry_scale import EntryScale
-from ada_loss.rules import Range
+from ada_loss.chainer.tagging import Site
+from ada_loss.core.config import METHODS, TIMINGS
+from ada_loss.core.entry_scale import EntryScale
+from ada_loss.core.rules import Range
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, Training, batch, masters, prepared, training, values
 

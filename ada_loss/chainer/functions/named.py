@@ -10,8 +10,8 @@ from typing import Any
 
 import chainer.functions as F
 
-from ada_loss.chainer.recorder import active_recorder
-from ada_loss.config import AdaLossConfig
+from ada_loss.chainer.tagging import active_recorder
+from ada_loss.core.config import AdaLossConfig
 
 
 def named(name: str | None = None, config: AdaLossConfig | None = None) -> AbstractContextManager[None]:

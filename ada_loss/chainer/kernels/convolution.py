@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ada_loss.casting import to_float16, to_float32
+from ada_loss.arrays.casting import to_float16, to_float32
 from ada_loss.chainer.kernels.patches import Geometry, Patches
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ada_loss import casting
+from ada_loss.arrays import casting
 
 Kernel = Callable[..., Any]
 """Called as kernel(self, *args) in a method's place; returns None to leave the call to Chainer."""
@@ -28,7 +28,7 @@ Hook = tuple[type, str]
 class Provider:
     """A name and the kernels that it puts in the place of Chainer's methods.
 
-    copy: what casts NumPy arrays between float16 and float32, unless it is `ada_loss.casting` itself.
+    copy: what casts NumPy arrays between float16 and float32, unless it is `ada_loss.arrays.casting` itself.
     """
 
     name: str

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, cast, chunks, empty_in_order, memory_order, to_float16, to_float32
+from ada_loss.arrays.casting import CHUNK, cast, chunks, empty_in_order, memory_order, to_float16, to_float32
 
 INFINITY = 0x7C00
 """Bits of float16 infinity: larger magnitudes are NaN."""

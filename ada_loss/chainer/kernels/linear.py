@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ada_loss.casting import to_float16
+from ada_loss.arrays.casting import to_float16
 from ada_loss.chainer.kernels.convolution import as_float32
 
 _BLOCK_ELEMENTS = 1 << 22

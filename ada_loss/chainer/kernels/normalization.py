@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, cast
-from ada_loss.statistics import module_of
+from ada_loss.arrays.casting import CHUNK, cast
+from ada_loss.arrays.statistics import module_of
 
 
 def l2_normalize(x: Any, axis: tuple[int, ...], eps: float) -> Any:

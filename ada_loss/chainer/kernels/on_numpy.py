@@ -49,7 +49,7 @@ from chainer.functions.pooling.average_pooling_2d import AveragePooling2D, Avera
 from chainer.functions.pooling.max_pooling_nd import MaxPoolingND, MaxPoolingNDGrad
 from chainer.utils.conv import get_conv_outsize
 
-from ada_loss.casting import to_float16, to_float32
+from ada_loss.arrays.casting import to_float16, to_float32
 from ada_loss.chainer.kernels import convolution, elementwise, linear, normalization, pooling
 from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.dispatch import Hook, Kernel

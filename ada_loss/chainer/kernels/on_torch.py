@@ -29,7 +29,7 @@ from chainer.functions.normalization.batch_normalization import GeneralBatchNorm
 from chainer.utils.conv import get_conv_outsize
 from torch.nn.grad import conv2d_weight
 
-from ada_loss.casting import cast, empty_in_order, inverse, memory_order, to_float16, to_float32
+from ada_loss.arrays.casting import cast, empty_in_order, inverse, memory_order, to_float16, to_float32
 from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.dispatch import Hook, Kernel
 from ada_loss.chainer.kernels.on_numpy import Arrays, geometry_of, takes
@@ -52,7 +52,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def copy(source: np.ndarray, out: np.ndarray) -> bool:
-    """Cast a NumPy array into another between float16 and float32, with the bits of `ada_loss.casting`.
+    """Cast a NumPy array into another between float16 and float32, bits as `ada_loss.arrays.casting`.
 
     False where PyTorch does not take such arrays: read-only ones, strides that run backwards.
     """

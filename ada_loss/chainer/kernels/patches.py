@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ada_loss.casting import to_float32
+from ada_loss.arrays.casting import to_float32
 
 PART_ELEMENTS = 1 << 20
 """Aimed-at size of a part's matrix."""

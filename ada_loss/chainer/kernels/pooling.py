@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ada_loss.casting import CHUNK, cast, empty_in_order, memory_order
+from ada_loss.arrays.casting import CHUNK, cast, empty_in_order, memory_order
 from ada_loss.chainer.kernels.convolution import as_float32
 from ada_loss.chainer.kernels.elementwise import INFINITY, has_nan
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import chainer
 
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 
 Layer = TypeVar("Layer", bound=chainer.Link)
 

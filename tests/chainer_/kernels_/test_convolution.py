@@ -12,7 +12,7 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ada_loss.casting import memory_order
+from ada_loss.arrays.casting import memory_order
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import patches
 from chainer_.kernels_.reference import EACH_PROVIDER, WITH_TORCH, assert_rounded_once, in_float64, run

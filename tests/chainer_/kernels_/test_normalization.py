@@ -12,7 +12,7 @@ from chainer.functions.normalization.batch_normalization import (
     GeneralBatchNormalizationImpl,
 )
 
-from ada_loss.casting import empty_in_order
+from ada_loss.arrays.casting import empty_in_order
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import normalization
 from chainer_.kernels_.reference import EACH_PROVIDER, assert_rounded_once, in_float64, run

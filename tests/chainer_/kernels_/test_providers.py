@@ -12,7 +12,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss import casting
+from ada_loss.arrays import casting
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels import dispatch
 from ada_loss.chainer.kernels.providers import provider
@@ -222,7 +222,7 @@ import ada_loss.chainer
 import chainer.functions as F
 import numpy as np
 import torch
-from ada_loss.casting import to_float16
+from ada_loss.arrays.casting import to_float16
 from ada_loss.chainer import kernels
 
 rng = np.random.default_rng(0)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ada_loss.config import METHODS, AdaLossConfig
-from ada_loss.measurement import measure
-from ada_loss.rules import choose_shift, find_range
+from ada_loss.core.config import METHODS, AdaLossConfig
+from ada_loss.core.measurement import measure
+from ada_loss.core.rules import choose_shift, find_range
 
 U_MIN, U_MAX = 2.0**-24, 65504.0
 UNBOUNDED = AdaLossConfig(scale_upper_bound=None, accum_upper_bound=None)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ada_loss.config import AdaLossConfig
-from ada_loss.statistics import (
+from ada_loss.arrays.statistics import (
     NOTHING,
     ONE,
     Begun,
@@ -20,6 +19,7 @@ from ada_loss.statistics import (
     fetch,
     module_of,
 )
+from ada_loss.core.config import AdaLossConfig
 
 _OF_SMALLEST = ("abs_range", "element_wise_range")
 """The rules that look at the smallest magnitudes."""

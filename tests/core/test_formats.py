@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ada_loss.formats import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, FloatFormat
+from ada_loss.core.formats import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, FloatFormat
 
 
 @pytest.mark.parametrize("number_format", [FLOAT16, FLOAT32], ids=lambda f: f.name)

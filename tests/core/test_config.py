@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ada_loss.config import METHODS, AdaLossConfig
+from ada_loss.core.config import METHODS, AdaLossConfig
 
 
 def test_defaults_are_the_papers():

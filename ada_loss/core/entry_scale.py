@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ada_loss.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig
 
 MIN_EXPONENT = -24
 """Below this scale nothing is left to back off to."""

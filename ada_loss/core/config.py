@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 METHODS = ("fixed", "approx_range", "abs_range", "element_wise_range", "auto")
-"""Names of the rules by which a layer's scale is chosen; `ada_loss.rules` says what each of them does."""
+"""Names of the rules by which a layer's scale is chosen; see `ada_loss.core.rules`."""
 
 TIMINGS = ("current", "delayed")
 """Whether a layer chooses by what arrives in this step, or by what arrived in the step before."""

@@ -8,7 +8,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss.chainer.recorder import LinkPaths, active_recorder, tag_of
+from ada_loss.chainer.tagging import LinkPaths, active_recorder, tag_of
 from twins import Two, assert_exact, draw, weighted_sum, wrapped_copy
 
 

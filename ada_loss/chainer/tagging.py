@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import chainer
 
-from ada_loss.chainer.decisions import is_decision
-from ada_loss.config import AdaLossConfig
+from ada_loss.chainer.products import is_decision
+from ada_loss.core.config import AdaLossConfig
 
 _NAME = "AdaLossRecorder"
 

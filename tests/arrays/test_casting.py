@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ada_loss import casting
-from ada_loss.casting import chunks, magnitudes_to_float32, to_float16, to_float32
+from ada_loss.arrays import casting
+from ada_loss.arrays.casting import chunks, magnitudes_to_float32, to_float16, to_float32
 from ada_loss.chainer import kernels
 from chainer_.kernels_.reference import EACH_PROVIDER
 

@@ -9,12 +9,12 @@ from chainer.functions.connection.linear import LinearFunction
 
 import pretended_gpu
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.chainer.decisions import _scaled_operands, input_gradient, is_decision, products_of
 from ada_loss.chainer.gradient import shifted
-from ada_loss.config import TIMINGS, AdaLossConfig
-from ada_loss.formats import FLOAT16
-from ada_loss.measurement import measure
-from ada_loss.rules import find_range
+from ada_loss.chainer.products import _scaled_operands, input_gradient, is_decision, products_of
+from ada_loss.core.config import TIMINGS, AdaLossConfig
+from ada_loss.core.formats import FLOAT16
+from ada_loss.core.measurement import measure
+from ada_loss.core.rules import find_range
 
 PRODUCTS = {
     "linear": (F.linear, [(3, 6), (4, 6)]),

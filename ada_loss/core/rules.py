@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
-from ada_loss.config import METHODS, AdaLossConfig
-from ada_loss.formats import FLOAT16
-from ada_loss.measurement import Measurement
+from ada_loss.core.config import METHODS, AdaLossConfig
+from ada_loss.core.formats import FLOAT16
+from ada_loss.core.measurement import Measurement
 
 __all__ = ["METHODS", "Range", "choose_shift", "find_range", "floor_log2"]
 

@@ -28,9 +28,9 @@ from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
 from chainer.functions.noise.simplified_dropconnect import SimplifiedDropconnect
 
-from ada_loss.casting import cast
+from ada_loss.arrays.casting import cast
+from ada_loss.arrays.statistics import module_of
 from ada_loss.chainer.gradient import shifted
-from ada_loss.statistics import module_of
 
 _MOST_CARRIED = 60
 """The largest shift that rides on a weight of float32 or wider."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossScaled, kernels, prepare
-from ada_loss.chainer.sums import parameter_gradients
+from ada_loss.chainer.parameter_gradients import parameter_gradients
 
 
 class Raw(chainer.Link):

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ada_loss.statistics import (
+from ada_loss.arrays.statistics import (
     CHUNK,
     NOTHING,
     ONE,
@@ -123,7 +123,7 @@ def on_device(*figures):
 
 
 def test_everything_begun_comes_over_in_one_transfer_and_in_order(monkeypatch):
-    monkeypatch.setattr("ada_loss.statistics.module_of", lambda array: DeviceModule)
+    monkeypatch.setattr("ada_loss.arrays.statistics.module_of", lambda array: DeviceModule)
     Device.transfers = 0
     assert fetch([on_device(1, 2), "ready", on_device(3), on_device(4, 5, 6)]) == [3, "ready", 3, 15]
     assert Device.transfers == 1
@@ -142,7 +142,7 @@ def test_on_the_host_what_was_begun_is_ready():
 
 
 def test_what_is_made_of_several_results_comes_over_in_one_transfer(monkeypatch):
-    monkeypatch.setattr("ada_loss.statistics.module_of", lambda array: DeviceModule)
+    monkeypatch.setattr("ada_loss.arrays.statistics.module_of", lambda array: DeviceModule)
     Device.transfers = 0
     inner = combine(lambda a, b: a * b, on_device(1, 2), 10)
     outer = combine(lambda a, b, c: (a, b, c), "ready", inner, on_device(4, 5))

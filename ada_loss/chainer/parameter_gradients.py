@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ada_loss.chainer.decisions import backward_arrays, backward_with_weight, products_of
+from ada_loss.arrays.statistics import all_finite, largest_magnitude, module_of
 from ada_loss.chainer.gradient import HEADROOM, InFlight, shifted
 from ada_loss.chainer.kernels.elementwise import float32_total
-from ada_loss.formats import FLOAT16
-from ada_loss.rules import floor_log2
-from ada_loss.statistics import all_finite, largest_magnitude, module_of
+from ada_loss.chainer.products import backward_arrays, backward_with_weight, products_of
+from ada_loss.core.formats import FLOAT16
+from ada_loss.core.rules import floor_log2
 
 _LEAF_HEADROOM = 1
 """How many powers of two the gradient of a parameter keeps to the largest float16: so much as an addition

@@ -9,7 +9,7 @@ from typing import Any
 import chainer
 
 from ada_loss.chainer.functions.branch import Branch
-from ada_loss.chainer.recorder import tag_of
+from ada_loss.chainer.tagging import tag_of
 
 INPUT = "(input)"
 """Stands for a variable that comes from outside the wrapped link."""

@@ -19,8 +19,8 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from ada_loss import device_statistics
-from ada_loss.casting import magnitudes_to_float32
+from ada_loss.arrays import device_statistics
+from ada_loss.arrays.casting import magnitudes_to_float32
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ada_loss.statistics import OnDevice, begin, begin_product_extremes, fetch, summarize
+from ada_loss.arrays.statistics import OnDevice, begin, begin_product_extremes, fetch, summarize
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.skipif(not cupy.cuda.is_available(), reason="There is no GPU.")

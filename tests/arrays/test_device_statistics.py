@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import cuda_compilers
-from ada_loss import device_statistics
-from ada_loss.device_statistics import MERGE, MOST_BLOCKS, NAMES, SHARE, SOURCE, THREADS
-from ada_loss.statistics import UNUSABLE, _begin_on_device, fetch, summarize
+from ada_loss.arrays import device_statistics
+from ada_loss.arrays.device_statistics import MERGE, MOST_BLOCKS, NAMES, SHARE, SOURCE, THREADS
+from ada_loss.arrays.statistics import UNUSABLE, _begin_on_device, fetch, summarize
 
 DTYPES = ["float16", "float32", "float64"]
 

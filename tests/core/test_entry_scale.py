@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ada_loss.config import AdaLossConfig
-from ada_loss.entry_scale import MAX_EXPONENT, MIN_EXPONENT, PATIENCE, RECOVERY_INTERVAL, EntryScale
+from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.entry_scale import MAX_EXPONENT, MIN_EXPONENT, PATIENCE, RECOVERY_INTERVAL, EntryScale
 
 
 def run(entry, outcomes):
