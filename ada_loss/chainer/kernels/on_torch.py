@@ -89,8 +89,13 @@ def _takes_on_cpu(*arrays: Any) -> bool:
 
 def _shared(array: np.ndarray) -> torch.Tensor:
     """The array as a tensor, on the same memory where PyTorch can have it."""
-    array = np.asarray(array, order="C")
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    array = np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))
+    try:
+        return torch.from_numpy(array)
+    except ValueError:
+        # An array is contiguous whatever its stride along an axis of one element, also a negative one, which
+        # PyTorch refuses. A copy has strides of its own.
+        return torch.from_numpy(array.copy())
 
 
 def _in_order(array: np.ndarray, axes: tuple[int, ...]) -> torch.Tensor:
@@ -361,8 +366,18 @@ def _on_gpu(function: Any, *arrays: Any) -> Any:
         allow_tf32=False,
     )
     with torch.cuda.device(arrays[0].device.id), _on_stream(), flags:
-        tensors = (torch.from_dlpack(cuda.cupy.ascontiguousarray(array)) for array in arrays)
+        tensors = (torch.from_dlpack(_without_gaps(array)) for array in arrays)
         return cuda.cupy.from_dlpack(function(*tensors).contiguous())
+
+
+def _without_gaps(array: Any) -> Any:
+    """A CuPy array, or a copy of it, whose strides are those of its shape; see `_shared`."""
+    array = cuda.cupy.ascontiguousarray(array)
+    if min(array.strides, default=0) >= 0:
+        return array
+    copied = cuda.cupy.empty(array.shape, array.dtype)
+    copied[...] = array
+    return copied
 
 
 def _convolution_on_gpu(node: Any, x: Any, W: Any, b: Any) -> Arrays | None:

@@ -30,7 +30,7 @@ def run(
     with kernels.using(provider):
         y = function(*variables)
         if gy is not None:
-            y.grad = gy.astype(y.dtype)
+            y.grad = gy.astype(y.dtype, copy=False)
             y.backward()
     return y.array, [variable.grad for variable in variables]
 
