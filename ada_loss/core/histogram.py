@@ -44,7 +44,9 @@ class Histogram:
         if min(self.zeros, self.nonfinite, *self.counts, 0) < 0:
             raise ValueError("A histogram counts elements: none of its numbers can be negative.")
         if self.counts and not (self.counts[0] and self.counts[-1]):
-            raise ValueError("The first and the last bin of a histogram hold elements; from_counts trims them.")
+            raise ValueError(
+                "The first and the last bin of a histogram hold elements; from_counts trims them."
+            )
         if not math.isfinite(self.largest) or self._bin_of(self.largest) != len(self.counts) - 1:
             raise ValueError(f"The largest magnitude, {self.largest!r}, is not in the histogram's last bin.")
 
@@ -62,7 +64,7 @@ class Histogram:
         values = np.asarray(array)
         if values.dtype.char not in "efd":
             raise TypeError(
-                f"Histogram.of counts float16, float32 and float64, not {values.dtype}: convert it to float32."
+                f"Histogram.of counts float16, float32 and float64, not {values.dtype}: cast it to float32."
             )
         flat = values.reshape(-1)
         count = _count_half if values.dtype == np.float16 else _count_wide
@@ -175,7 +177,7 @@ def _exponent(magnitude: float) -> int:
 def _count_half(values: Any) -> Histogram:
     """Every code of float16 is counted by itself: so few are there, and so many gradients subnormal."""
     codes = np.bincount(values.view(np.uint16) & (_HALF_CODES - 1), minlength=_HALF_CODES)
-    finite = codes[: 0x7C00]
+    finite = codes[:0x7C00]
     counts = np.add.reduceat(finite, _half_edges())
     (present,) = np.nonzero(finite)
     largest = float(np.uint16(present[-1]).view(np.float16)) if present.size else 0.0
@@ -222,4 +224,3 @@ def _largest_normal(bits: Any, fields: Any, by_field: Any, dtype: Any) -> float:
     if by_field[-1]:
         bits = bits[fields < by_field.size - 1]
     return float(bits.max().view(dtype))
-

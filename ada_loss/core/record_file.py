@@ -1,9 +1,9 @@
 """Files of records: written while a run goes on, readable at any moment, whatever became of the run.
 
-Every call of `write` is one write of the operating system, so a process that dies leaves whole records; only a
-machine that stops, or a full disk, can cut the last line, and a reader leaves that out. A file that has reached
-its size is thinned: of the sampled steps every second one goes, and of those to come only every second one is
-taken. So the file stays below its size, and covers the whole run evenly, however long it is.
+Every call of `write` is one write of the operating system, so a process that dies leaves whole records; only
+a machine that stops, or a full disk, can cut the last line, and a reader leaves that out. A file that has
+reached its size is thinned: of the sampled steps every second one goes, and of those to come only every
+second one is taken. So the file stays below its size, and covers the whole run evenly, however long it is.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class RecordFile:
         self._most_bytes = most_bytes
         self._thinned = 1
         self._skips = 0
+        self._size = 0
+        self._file: int | None = None
         kept = _whole_lines(self.path) if resume and self.path.exists() else b""
         self._replace([kept, to_line(header).encode()])
 
@@ -115,7 +117,7 @@ class RecordFile:
         draft = self.path.with_name(self.path.name + ".new")
         draft.write_bytes(b"".join(parts))
         draft.replace(self.path)
-        self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = sum(map(len, parts))
 
     def _thin(self) -> None:
@@ -162,7 +164,7 @@ def read(path: str | os.PathLike[str]) -> Run:
             return _read_lines(path, lines)
     except OSError as error:
         raise RecordError(
-            f"{path} cannot be read ({error.strerror or error}): name a run that was recorded, or its directory."
+            f"{path} cannot be read ({error.strerror or error}): name the directory of a recorded run."
         ) from None
 
 

@@ -129,7 +129,9 @@ class RunRecorder:
     ) -> None:
         """As `Recorder.observe`; between sampled steps nothing is kept."""
         if self.sampling:
-            self._observed.setdefault(place, []).append(_Observed(histogram, exponent, shift, lost, reference))
+            self._observed.setdefault(place, []).append(
+                _Observed(histogram, exponent, shift, lost, reference)
+            )
 
     def end_step(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -228,7 +228,7 @@ def _run_from_json(fields: dict[str, Any]) -> RunHeader:
     return RunHeader(**fields)
 
 
-_READERS = {
+_READERS: dict[str, Callable[[dict[str, Any]], Record]] = {
     "run": _run_from_json,
     "place": _place_from_json,
     "step": _step_from_json,

@@ -5,8 +5,8 @@ The words mean, over all sampled steps of a run:
 - *never trained*: the gradient was zero everywhere, in float32 too;
 - *overflow on the forward pass*: a result was not finite; no scale of gradients can help;
 - *overflow in backward*: a step was skipped, and this was the first place that was not finite;
-- *underflow*: more than 0.1 % of the elements that float32 has non-zero were zero in this run (measured, where
-  the run holds a float32 reference, element by element), or would be below float16's smallest number;
+- *underflow*: more than 0.1 % of the elements that float32 has non-zero were zero in this run (measured,
+  where the run holds a float32 reference, element by element), or would be below float16's smallest number;
 - *fine*: none of these.
 """
 
@@ -120,8 +120,7 @@ def summarize(
         if step.skipped and step.began is not None:
             began.setdefault(step.began, []).append(step.step)
     return [
-        _summarize(place, records, began.get(place, []), number_format)
-        for place, records in by_place.items()
+        _summarize(place, records, began.get(place, []), number_format) for place, records in by_place.items()
     ]
 
 
@@ -181,11 +180,13 @@ def model_sentence(places: Sequence[PlaceSummary]) -> str:
     if lowest <= highest:
         scales = f"from {power(lowest)} to {power(highest)}" if lowest < highest else f"{power(lowest)} alone"
         some = f"Any scale {scales} works" if lowest < highest else f"Of all scales {scales} works"
-        return f"{some}: plain float16 does." if lowest <= 0 <= highest else f"{some}; plain float16 does not."
+        return (
+            f"{some}: plain float16 does." if lowest <= 0 <= highest else f"{some}; plain float16 does not."
+        )
     if low is high:
         return (
-            f"No single scale fits: {low.place.path} alone needs at least {power(lowest)} and overflows above "
-            f"{power(highest)}."
+            f"No single scale fits: {low.place.path} alone needs at least {power(lowest)} and overflows "
+            f"above {power(highest)}."
         )
     return (
         f"No single scale fits: {low.place.path} needs at least {power(lowest)}, {high.place.path} overflows "
