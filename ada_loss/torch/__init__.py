@@ -1,0 +1,11 @@
+"""Adaptive loss scaling for PyTorch: `GradScaler` in place of `torch.amp.GradScaler`, or `backward()` around
+a backward pass."""
+
+from ada_loss.torch import requirement as requirement  # isort: skip  (says what is missing)
+
+from ada_loss.core.config import AdaLossConfig
+from ada_loss.torch.backward_mode import backward
+from ada_loss.torch.grad_scaler import GradScaler
+from ada_loss.torch.scaled_tensor import ScaledTensor
+
+__all__ = ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward"]

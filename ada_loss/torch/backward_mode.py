@@ -1,0 +1,129 @@
+"""Backward with a scale for every gradient in float16: a dispatch mode that sees each operation.
+
+The mode is there on the threads of autograd's engine as well. A cast of a true gradient to float16 makes a
+scaled tensor, of which the operators' rules know everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from ada_loss.core.config import AdaLossConfig
+from ada_loss.torch import operators
+from ada_loss.torch.operators.results import one
+from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.shifts import Shifts, shifts_for
+
+
+class BackwardMode(TorchDispatchMode):
+    """Scales what backward computes within.
+
+    shifts: the rule that chooses how far.
+    entered: how many gradients were scaled so far, where they entered a scaled dtype.
+    """
+
+    def __init__(self, shifts: Shifts) -> None:
+        super().__init__()
+        self.shifts = shifts
+        self.entered = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if ScaledTensor in types:
+            return operators.apply(func, args, kwargs)
+        # With gradients enabled this is a forward pass, as checkpointing computes it again within backward.
+        if operators.is_entry(func, args, kwargs, self.shifts) and not torch.is_grad_enabled():
+            self.entered += 1
+            return operators.enter(func, args, kwargs, self.shifts)
+        return func(*args, **kwargs)
+
+    def seed(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient with which backward begins; scaled where it is of a scaled dtype."""
+        if gradient.dtype not in self.shifts.dtypes or isinstance(gradient, ScaledTensor):
+            return gradient
+        self.entered += 1
+        return ScaledTensor(gradient, one(gradient), self.shifts)
+
+
+def active_mode() -> BackwardMode | None:
+    """The innermost mode of this thread."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, BackwardMode)]
+    return modes[-1] if modes else None
+
+
+class _Differentiation(TorchFunctionMode):
+    """Sees where backward begins, for the gradients that it begins with, and what `torch.autograd.grad`
+    returns."""
+
+    def __init__(self, mode: BackwardMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            return _backward(self._mode, *args, **kwargs)
+        if func is torch.autograd.grad:
+            return _grad(self._mode, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _backward(
+    mode: BackwardMode, tensor: torch.Tensor, gradient: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> None:
+    return torch.Tensor.backward(tensor, _seed_for(mode, tensor, gradient), *args, **kwargs)
+
+
+def _grad(
+    mode: BackwardMode, outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    given = (
+        (grad_outputs,) if grad_outputs is None or isinstance(grad_outputs, torch.Tensor) else grad_outputs
+    )
+    if len(given) == 1:
+        given = tuple(given) * len(outputs)
+    seeds = tuple(_seed_for(mode, output, g) for output, g in zip(outputs, given, strict=True))
+    gradients = torch.autograd.grad(outputs, inputs, seeds, *args, **kwargs)
+    return tuple(g.to_true() if isinstance(g, ScaledTensor) else g for g in gradients)
+
+
+def _seed_for(mode: BackwardMode, output: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if gradient is None:
+        if output.dtype not in mode.shifts.dtypes or output.numel() != 1:
+            return None
+        gradient = torch.ones_like(output)
+    return mode.seed(gradient)
+
+
+@contextmanager
+def backward(config: AdaLossConfig | None = None, *, shifts: Shifts | None = None) -> Iterator[BackwardMode]:
+    """Backward passes within scale float16 gradients layer by layer; what they leave in `grad` is true, and
+    float32 where it was float16.
+
+        with ada_loss.torch.backward():
+            loss.backward()
+
+    Args:
+        config: settings; `auto` if left out.
+        shifts: a rule made already, in place of `config`.
+
+    Raises:
+        ValueError: `config` asks for what PyTorch's front end does not have.
+    """
+    if shifts is None:
+        config = config or AdaLossConfig()
+        shifts = shifts_for(config, torch.tensor(config.init_scale))
+    mode = BackwardMode(shifts)
+    with mode, _Differentiation(mode):
+        yield mode

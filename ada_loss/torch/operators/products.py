@@ -1,0 +1,114 @@
+"""Products: of gradients with weights and activations, where scales are chosen, and of two gradients, whose
+scales multiply."""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+from math import prod
+from typing import Any
+
+import torch
+
+from ada_loss.torch.operators.arguments import only_scaled, raw, widened
+from ada_loss.torch.operators.registry import implements
+from ada_loss.torch.operators.results import rounded
+from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.shifts import Shifts, floor_power_of_two
+
+
+@implements("decides", "aten.mm", "aten.bmm")
+def matrix_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The factor applies to the product in float32."""
+    found = only_scaled((0, 1), args, kwargs)
+    if not found or len(args) != 2 or kwargs:
+        return NotImplemented
+    left, right = args
+    product = _product_in_float32(func, raw(left), raw(right))
+    gradient, factor = (left, right) if isinstance(left, ScaledTensor) else (right, left)
+    choose = partial(_of_product, found[0].shifts, raw(gradient), raw(factor), left.shape[-1])
+    return rounded(product, left.dtype, scale_of(found), found[0].shifts, choose)
+
+
+def _product_in_float32(func: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.is_cuda and left.dtype == torch.float16:
+        return func.overloadpacket.dtype(left, right, torch.float32)
+    return func(widened(left), widened(right))
+
+
+@implements("decides", "aten.convolution_backward")
+def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All three gradients are computed in float32; the scale of the input's is that of a product, those of
+    the weight's and the bias's that of sums."""
+    found = only_scaled((0, 1, 2), args, kwargs)
+    if not found or not isinstance(args[0], ScaledTensor):
+        return NotImplemented
+    gy, x, weight = args[:3]
+    groups, transposed = args[9], args[7]
+    fan = weight.shape[1 if transposed else 0] * prod(weight.shape[2:]) // (1 if transposed else groups)
+    results = func(*(widened(arg) for arg in args[:3]), *args[3:], **kwargs)
+    shifts = gy.shifts
+    of_product = partial(_of_product, shifts, gy.scaled_data, raw(weight), fan)
+    ways = (
+        (x.dtype, [gy, weight], of_product),
+        (weight.dtype, [gy, x], shifts.of_sum),
+        (weight.dtype, [gy], shifts.of_sum),
+    )
+    return tuple(
+        None if result is None else rounded(result, dtype, scale_of(factors), shifts, choose)
+        for result, (dtype, factors, choose) in zip(results, ways, strict=True)
+    )
+
+
+@implements("decides", "aten.mul")
+def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Element by element. The power of two of a single number rides on the scale."""
+    left, right = args
+    if not isinstance(left, ScaledTensor):
+        left, right = right, left
+    if isinstance(right, ScaledTensor):
+        wide = widened(left) * widened(right)
+        return rounded(wide, torch.result_type(left, right), scale_of(args), left.shifts, left.shifts.of_sum)
+    dtype = torch.result_type(left.scaled_data, right)
+    if isinstance(right, torch.Tensor) and right.dim():
+        wide = widened(left) * widened(right)
+        return rounded(wide, dtype, left.scale, left.shifts, left.shifts.of_sum)
+    return _times_number(left, right, dtype)
+
+
+@implements("decides", "aten.div")
+def quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """By what is not scaled; without rounding to integers."""
+    left, right = args
+    if kwargs.get("rounding_mode") or not isinstance(left, ScaledTensor) or isinstance(right, ScaledTensor):
+        return NotImplemented
+    dtype = torch.result_type(left.scaled_data, right)
+    wide = widened(left) / widened(right)
+    return rounded(wide, dtype, left.scale, left.shifts, left.shifts.of_sum)
+
+
+def _times_number(gradient: ScaledTensor, number: Any, dtype: torch.dtype) -> Any:
+    if dtype != gradient.dtype:
+        return NotImplemented
+    wide = torch.as_tensor(number, dtype=torch.float32, device=gradient.device)
+    power = floor_power_of_two(wide.abs())
+    usable = (power > 0) & torch.isfinite(power)
+    power = torch.where(usable, power, 1.0)
+    data = widened(gradient) * (wide / power)
+    return ScaledTensor(data.to(dtype), gradient.scale / power, gradient.shifts)
+
+
+def scale_of(factors: Any) -> torch.Tensor:
+    """The scale of a product of these."""
+    scales = [factor.scale for factor in factors if isinstance(factor, ScaledTensor)]
+    return reduce(torch.mul, scales)
+
+
+def _of_product(
+    shifts: Shifts,
+    gradient: torch.Tensor,
+    factor: torch.Tensor,
+    fan: int,
+    wide: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    return shifts.of_product(wide, scale, gradient, factor, fan)

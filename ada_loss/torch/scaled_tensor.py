@@ -1,0 +1,119 @@
+"""A gradient in flight: float16 data and the power of two by which it is scaled.
+
+The scale is a 0-dim tensor on the data's device, so that nothing waits for a GPU. It is of float64, whose
+range the scales of a whole network cannot leave, and a multiplication by it is exact unless the result leaves
+the range of its own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ada_loss.torch.shifts import Shifts
+
+
+class Family:
+    """What a tensor and its views have in common: one scale, and the data that all of them look at."""
+
+    __slots__ = ("root", "scale", "shifts")
+
+    def __init__(self, root: torch.Tensor, scale: torch.Tensor, shifts: Shifts) -> None:
+        self.root = root
+        self.scale = scale
+        self.shifts = shifts
+
+
+class ScaledTensor(torch.Tensor):
+    """A tensor whose value is `scaled_data / scale`, shown to autograd as a tensor of the data's dtype.
+
+    Whatever is computed from it follows the operators' rules (`ada_loss.torch.operators`); an operator
+    without one sees the value, never the scaled data.
+
+    scaled_data: a plain tensor, the value times the scale.
+    scale: a power of two, 0-dim, of float64.
+    shifts: the rule by which results of further operators are scaled.
+    """
+
+    scaled_data: torch.Tensor
+    family: Family
+
+    @staticmethod
+    def __new__(
+        cls, data: torch.Tensor, scale: torch.Tensor, shifts: Shifts, *, family: Family | None = None
+    ) -> ScaledTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            data.shape,
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            device=data.device,
+        )
+        # Code that reads memory by its address would find none: PyTorch then raises.
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
+        tensor.scaled_data = data
+        tensor.family = family or Family(data, scale, shifts)
+        return tensor
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.family.scale
+
+    @property
+    def shifts(self) -> Shifts:
+        return self.family.shifts
+
+    def view_of_data(self, data: torch.Tensor) -> ScaledTensor:
+        """A view of this tensor, where `data` is the same view of its data."""
+        return ScaledTensor(data, self.scale, self.shifts, family=self.family)
+
+    def with_data(self, data: torch.Tensor) -> ScaledTensor:
+        """Other data at the same scale."""
+        return ScaledTensor(data, self.scale, self.shifts)
+
+    def to_true(self) -> torch.Tensor:
+        """The value as a plain tensor, in float32 where the data are float16."""
+        return self.scaled_data.to(torch.promote_types(self.dtype, torch.float32)) / self.scale
+
+    def assign(self, value: ScaledTensor) -> None:
+        """Write a value in place. Where the tensor shares its data with others, theirs are rescaled with
+        it."""
+        family, data = self.family, value.scaled_data
+        if self.scaled_data is family.root:
+            family.scale = value.scale
+        else:
+            scale = torch.minimum(value.scale, family.scale)
+            family.root.copy_(family.root.float() * (scale / family.scale))
+            data = data.float() * (scale / value.scale)
+            family.scale = scale
+        self.scaled_data.copy_(data)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"ScaledTensor({self.to_true()}, scale={self.scale})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_true().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _NEEDS_MEMORY:
+            return func(args[0].to_true(), *args[1:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from ada_loss.torch import operators
+
+        return operators.apply(func, args, kwargs or {})
+
+
+_NEEDS_MEMORY = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+"""What hands out memory or numbers of a tensor: of the true value, in float32."""
