@@ -40,11 +40,23 @@ def shifted(array: Any, shift: int, dtype: Any = None, *, reuse: bool = False) -
     wide = cast(array, np.promote_types(array.dtype, np.float32))
     while shift:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
-        own = None if wide is array and not reuse else wide
+        own = (wide is not array or reuse) and 0 not in wide.strides
         # NumPy makes a scalar of an array without axes.
-        wide = xp.asarray(xp.multiply(wide, wide.dtype.type(2.0**step), out=own))
+        out = wide if own else _empty_in_same_order(wide)
+        wide = xp.asarray(xp.multiply(wide, wide.dtype.type(2.0**step), out=out))
         shift -= step
     return cast(wide, dtype)
+
+
+def _empty_in_same_order(array: Any) -> Any:
+    """A new array that lies in memory as `array` does, apart, backwards or repeated: on it the bits of a product
+    depend. None where NumPy's own results lie as they should."""
+    if not isinstance(array, np.ndarray) or not array.size or array.flags.forc:
+        return None
+    reaches = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+    before = -sum(reach for reach in reaches if reach < 0)
+    memory = np.empty(before + sum(reach for reach in reaches if reach > 0) + array.itemsize, np.uint8)
+    return np.ndarray(array.shape, array.dtype, memory, before, array.strides)
 
 
 Peaks = Callable[[Sequence[InFlight]], list[float]]

@@ -21,6 +21,25 @@ def test_shifting_multiplies_by_a_power_of_two_and_rounds_once(rng, shift):
     np.testing.assert_array_equal(shifted(array, shift), expected)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a[::-1],
+        lambda a: a[:, ::2],
+        lambda a: a[::-3, 1::2].T,
+        lambda a: np.broadcast_to(a[:, :1], a.shape),
+        lambda a: np.lib.stride_tricks.sliding_window_view(a, 3, 1),
+        lambda a: a[:0, ::2],
+    ],
+)
+@pytest.mark.parametrize("shift", [3, 150])
+def test_shifting_keeps_how_an_array_lies_in_memory(rng, view, shift):
+    array = view(np.ldexp(rng.standard_normal((7, 8)), -shift).astype(np.float32))
+    result = shifted(array, shift)
+    np.testing.assert_array_equal(result, np.ldexp(array, shift))
+    assert result.strides == array.strides or not array.size
+
+
 def test_shifting_float16_loses_nothing_that_float16_can_hold(rng):
     array = rng.standard_normal(1000).astype(np.float16)
     np.testing.assert_array_equal(shifted(shifted(array, 6), -6), array)

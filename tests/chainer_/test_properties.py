@@ -56,6 +56,14 @@ STEPS = {
     "reversed": lambda m, a, b, c: F.flip(F.hstack([a[:, 2:], b[:, :2]]), axis=0),
     "picked": lambda m, a, b, c: F.linear(F.get_item(a, [0, 0, 2]), m.W1, m.b0),
     "broadcast": lambda m, a, b, c: a + F.broadcast_to(m.b0, (ROWS, SIZE)),
+    "rows backwards": lambda m, a, b, c: F.matmul(a[::-1], m.W0),
+    "weights backwards": lambda m, a, b, c: F.linear(a, m.W0[::-1]),
+    "every other weight": lambda m, a, b, c: F.linear(a, m.U[::2]),
+    "every other column": lambda m, a, b, c: F.tensordot(a, m.V[:, ::-2], axes=1),
+    "one column": lambda m, a, b, c: F.matmul(a[:, 1:2], m.V[2:3, ::2]),
+    "repeated rows": lambda m, a, b, c: F.linear(F.broadcast_to(a[1:2], (ROWS, SIZE)), m.W1),
+    "views of both": lambda m, a, b, c: F.matmul(a[::-1, ::2], b[:2, ::-1]),
+    "a column backwards": lambda m, a, b, c: F.matmul(F.flip(a, 0)[:, 3:], m.W1[::-3][1:]),
 }
 """What is done with values and parameters; derivatives in terms of magnitudes bound the true ones."""
 
