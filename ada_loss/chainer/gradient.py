@@ -49,8 +49,8 @@ def shifted(array: Any, shift: int, dtype: Any = None, *, reuse: bool = False) -
 
 
 def _empty_in_same_order(array: Any) -> Any:
-    """A new array that lies in memory as `array` does, apart, backwards or repeated: on it the bits of a product
-    depend. None where NumPy's own results lie as they should."""
+    """A new array that lies in memory as `array` does, apart, backwards or repeated, on which the bits of a
+    product depend; None where NumPy's own results lie as they should."""
     if not isinstance(array, np.ndarray) or not array.size or array.flags.forc:
         return None
     reaches = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
