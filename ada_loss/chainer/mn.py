@@ -19,6 +19,7 @@ from ada_loss.chainer.optimizer import (
     compute_gradients,
     prepare_in_place,
     scopes,
+    take_over,
     unique_parameters,
 )
 from ada_loss.chainer.parameters import ScaledParameter
@@ -119,6 +120,7 @@ def prepare_multi_node(optimizer: Any) -> Any:
             "skipped on overflow: create the multi-node optimizer with double_buffering=False."
         )
     prepare_in_place(optimizer.actual_optimizer, PreparedOptimizer)
+    take_over(optimizer.actual_optimizer)
     prepare_in_place(optimizer, PreparedMultiNodeOptimizer)
     for scope in scopes(optimizer.actual_optimizer.target):
         scope.policy.shared = True

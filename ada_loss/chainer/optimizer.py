@@ -4,12 +4,14 @@ updates."""
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from typing import Any
 
 import chainer
 import numpy as np
 
+from ada_loss.arrays.casting import cast
 from ada_loss.arrays.statistics import all_finite
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
@@ -41,12 +43,20 @@ class PreparedOptimizer:
     """Whether this process logs skipped steps; in a distributed training the first rank does."""
 
     @property
-    def overflow(self) -> EntryScale:
+    def entry_scale(self) -> EntryScale:
         """The entry scale: `.exponent` is its log2 now, `.skipped` the number of steps skipped so far.
 
         Of the first scope, if the model has several.
         """
         return scopes(self.target)[0].policy.entry
+
+    @property
+    def overflow(self) -> EntryScale:
+        """The deprecated name of `entry_scale`."""
+        warnings.warn(
+            "optimizer.overflow is now called optimizer.entry_scale.", DeprecationWarning, stacklevel=2
+        )
+        return self.entry_scale
 
     def setup(self, link: chainer.Link) -> Any:
         require_scopes(link)
@@ -95,6 +105,7 @@ class PreparedOptimizer:
         super().serialize(serializer)  # type: ignore[misc]
         own = serializer["ada_loss"]
         (self._save if saving else self._load)(own)
+        _widen_states(self.target)
 
     def __reduce__(self) -> Any:
         # This class was made on the fly: pickle finds it by those that it was made of.
@@ -159,6 +170,29 @@ class PreparedOptimizer:
             )
 
 
+def take_over(optimizer: Any) -> None:
+    """Keep what an optimizer has that has updated before it is prepared: float32 copies of parameters, from
+    `use_fp32_update`, become masters, and float16 state becomes float32."""
+    for parameter in unique_parameters(optimizer.target):
+        copied = getattr(parameter.update_rule, "_fp32_param", None)
+        if parameter.master is None and copied is not None:
+            # Where the parameter is no longer what this rounds to, the parameter will decide.
+            parameter.master = copied.array
+    _widen_states(optimizer.target)
+
+
+def _widen_states(target: chainer.Link) -> None:
+    """Make float16 state of update rules float32, as of a training that updated float16 parameters itself.
+
+    In float16 Adam's second moments of most gradients are zero, whatever follows them.
+    """
+    for parameter in unique_parameters(target):
+        state = getattr(parameter.update_rule, "state", None) or {}
+        for name, value in state.items():
+            if getattr(value, "dtype", None) == np.float16:
+                state[name] = cast(value, np.float32)
+
+
 def _numbers(rule: Any) -> dict[str, float]:
     """What an update rule keeps as plain numbers, such as MSVAG's power of beta: Chainer saves only its
     arrays."""
@@ -182,6 +216,7 @@ def prepare(optimizer: Any) -> Any:
 
         return prepare_multi_node(optimizer)
     prepare_in_place(optimizer, PreparedOptimizer)
+    take_over(optimizer)
     return optimizer
 
 
@@ -193,11 +228,37 @@ def prepare_in_place(optimizer: Any, mixin: type) -> None:
 
 _PREPARED: dict[tuple[type, type], type] = {}
 
+_RATES = ("lr", "alpha_t")
+"""Properties by which Chainer's optimizers tell a learning rate that depends on `t`."""
+
 
 def _prepared_class(mixin: type, plain: type) -> type:
     if (mixin, plain) not in _PREPARED:
-        _PREPARED[mixin, plain] = type(f"Prepared{plain.__name__}", (mixin, plain), {})
+        members = {
+            name: _answered_before_the_first_update(rate)
+            for name in _RATES
+            if isinstance(rate := getattr(plain, name, None), property)
+        }
+        _PREPARED[mixin, plain] = type(f"Prepared{plain.__name__}", (mixin, plain), members)
     return _PREPARED[mixin, plain]
+
+
+def _answered_before_the_first_update(rate: Any) -> property:
+    """A learning rate that an optimizer computes from `t`, as Adam does; at t = 0 that of the first update.
+
+    Skipped steps do not count, so `t` may be 0 when an extension such as `observe_lr` asks.
+    """
+
+    def read(optimizer: Any) -> Any:
+        if optimizer.t:
+            return rate.fget(optimizer)
+        optimizer.t = 1
+        try:
+            return rate.fget(optimizer)
+        finally:
+            optimizer.t = 0
+
+    return property(read, rate.fset, rate.fdel, rate.__doc__)
 
 
 def _new_prepared(mixin: type, plain: type) -> Any:

@@ -21,7 +21,7 @@ RECOVERY_INTERVAL = 1000
 """After how many good steps a scale that backed off without being dynamic takes one step back up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EntryScale:
     """The entry scale 2**exponent and what decides its next value; `after` makes the next one.
 
@@ -59,6 +59,10 @@ class EntryScale:
         """Whether steps keep overflowing although the scale cannot be lowered any more."""
         return self.overflows >= PATIENCE
 
+    def __repr__(self) -> str:
+        steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
+        return f"EntryScale(2**{self.exponent} = {self.scale:g}, {steps} skipped, {self._state})"
+
     def after(self, *, finite: bool) -> EntryScale:
         """The entry scale after a step whose gradients were all finite, or were not."""
         if not finite:
@@ -85,6 +89,14 @@ class EntryScale:
         if state["initial"] != self.initial:
             return replace(self, skipped=state["skipped"])
         return replace(self, **state)
+
+    @property
+    def _state(self) -> str:
+        if self.diverged:
+            return "diverged"
+        if self.backoff:
+            return f"backed off from 2**{self.initial}"
+        return "as set" if self.interval is None else "dynamic"
 
     @property
     def _ceiling(self) -> int:

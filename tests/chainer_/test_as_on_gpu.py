@@ -76,7 +76,7 @@ def test_a_delayed_backward_waits_for_nothing_after_the_first_step(gpu, rng, met
         transfers = gpu.transfers
         optimizer.update()
         assert gpu.transfers - transfers == bool(step)
-    assert optimizer.overflow.skipped == 0
+    assert optimizer.entry_scale.skipped == 0
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
@@ -106,7 +106,7 @@ def test_a_step_that_overflows_is_skipped_and_lowers_the_entry_scale(gpu, rng, t
         before = target.model.policy.entry
         backward(target, (x, np.full_like(t, np.inf)))
         optimizer.update()
-    assert optimizer.overflow.skipped == 1
+    assert optimizer.entry_scale.skipped == 1
     assert target.model.policy.entry != before
 
 
@@ -124,7 +124,7 @@ def test_sums_too_large_for_the_scale_of_a_layer_lower_it_within_a_few_steps(gpu
         model.cleargrads()
         F.sum(model(x)).backward()
         optimizer.update()
-    assert 0 < optimizer.overflow.skipped < 15
+    assert 0 < optimizer.entry_scale.skipped < 15
     model.cleargrads()
     F.sum(model(x)).backward()
     expected = plain_gradients(wide, lambda link: F.sum(link(x.astype(np.float32))))

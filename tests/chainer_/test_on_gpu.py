@@ -78,7 +78,7 @@ def test_updates_follow_those_on_the_cpu(rng, provider, method):
         step(model, cupy.asarray(x))
         for optimizer in optimizers:
             optimizer.update()
-    assert optimizers[1].overflow.skipped == 0
+    assert optimizers[1].entry_scale.skipped == 0
     found = dict(model.link.namedparams())
     for path, parameter in plain.namedparams():
         moved = np.linalg.norm(parameter.array - before[path])

@@ -197,7 +197,7 @@ class TestLossScales:
         for magnitude in (1, 1, np.inf, 1):
             optimizer.update(target, *batch(rng, magnitude=magnitude))
         assert optimizer._loss_scale == pytest.approx(2 * 2**0.5)
-        assert (optimizer.t, optimizer.overflow.skipped) == (3, 1)
+        assert (optimizer.t, optimizer.entry_scale.skipped) == (3, 1)
 
     def test_dynamic_loss_scaling_with_a_parameter_that_was_never_initialized(self, rng):
         target = training("float32")

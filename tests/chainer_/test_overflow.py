@@ -56,7 +56,7 @@ class TestOverflow:
             assert_same_bits(new, old)
         assert before[3:] == after[3:]
         assert calls == [0]
-        assert (optimizer.overflow.skipped, optimizer.overflow.exponent) == (1, -1)
+        assert (optimizer.entry_scale.skipped, optimizer.entry_scale.exponent) == (1, -1)
 
     def test_one_parameter_that_overflows_skips_the_step_for_all(self, rng):
         with dtype("mixed16"):
@@ -67,7 +67,7 @@ class TestOverflow:
             before = values(target)
             optimizer.update()
         assert_same_bits(values(target), before)
-        assert optimizer.overflow.skipped == 1
+        assert optimizer.entry_scale.skipped == 1
 
     def test_the_first_step_may_overflow(self, rng):
         with dtype("mixed16"):
@@ -92,8 +92,8 @@ class TestOverflow:
             optimizer, data = prepared(target, optimizers.SGD(1e-7)), batch(rng, magnitude=300.0)
             while optimizer.t < 3:
                 optimizer.update(target, *data)
-                assert optimizer.overflow.skipped < 40
-        assert 0 < optimizer.overflow.skipped == 15 - optimizer.overflow.exponent
+                assert optimizer.entry_scale.skipped < 40
+        assert 0 < optimizer.entry_scale.skipped == 15 - optimizer.entry_scale.exponent
 
     def test_a_dynamic_scale_doubles_until_it_overflows_and_stays_below_from_then_on(self, rng):
         with dtype("mixed16"):
@@ -105,7 +105,7 @@ class TestOverflow:
             )
             for _ in range(30):
                 optimizer.update(target, *data)
-                exponents.append(optimizer.overflow.exponent)
+                exponents.append(optimizer.entry_scale.exponent)
         top = max(exponents)
         assert exponents[:top] == list(range(1, top + 1))
         # It overflows at the top; three good steps later it tries again.
@@ -139,3 +139,9 @@ def test_what_a_parameter_holds_is_finite_exactly_if_the_true_gradient_is(kind, 
     held.receive(InFlight(np.array([0, value, 1], kind), exponent), scale)
     with np.errstate(over="ignore", invalid="ignore"):
         assert all_finite(held.arrays()) == np.isfinite(held.true_gradient()).all()
+
+
+def test_the_former_name_of_the_entry_scale_still_answers_with_a_warning():
+    optimizer = prepared(training())
+    with pytest.warns(DeprecationWarning, match="now called optimizer.entry_scale"):
+        assert optimizer.overflow is optimizer.entry_scale

@@ -272,9 +272,9 @@ class TestParallelReplicas:
                 for _ in range(3):
                     updater.update()
             for model in getattr(updater, "_models", {"main": target}).values():
-                assert model.model.policy.entry == optimizer.overflow
+                assert model.model.policy.entry == optimizer.entry_scale
                 assert_same_bits(values(model), values(target))
-            assert optimizer.overflow.skipped == 1
+            assert optimizer.entry_scale.skipped == 1
             results.append(masters(target))
         for path, master in results[0].items():
             np.testing.assert_allclose(results[1][path], master, rtol=1e-3, atol=1e-3, err_msg=path)

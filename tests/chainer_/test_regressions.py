@@ -40,7 +40,7 @@ def test_a_step_whose_true_gradient_is_infinite_is_skipped(method):
     optimizer = prepare(chainer.optimizers.SGD(1e-3).setup(model))
     with np.errstate(over="ignore", invalid="ignore"):
         optimizer.update(lambda: F.sum(model(np.ones((1, 2), np.float32)) * np.float32(1e37)))
-    assert (optimizer.overflow.skipped, optimizer.t) == (1, 0)
+    assert (optimizer.entry_scale.skipped, optimizer.t) == (1, 0)
     assert all(np.isfinite(parameter.array).all() for parameter in model.params())
 
 
@@ -52,7 +52,7 @@ def test_an_overflow_lowers_the_scale_with_which_gradients_entered_another_optim
     x = np.ones((1, 2), np.float16)
     for _ in range(12):
         optimizer.update(lambda: F.sum(critic(generator(x))) * np.float32(64))
-    assert 0 < optimizer.overflow.skipped < 12
+    assert 0 < optimizer.entry_scale.skipped < 12
     assert critic.policy.entry.exponent < 15
 
 
@@ -289,7 +289,7 @@ def test_gradients_of_a_weight_that_is_used_at_every_step_of_time_do_not_overflo
     model.link.forward = lambda xs: [model.layer(x.astype(np.float16)) for x in xs]
     for _ in range(8):
         optimizer.update(loss)
-    assert optimizer.overflow.skipped == 0
+    assert optimizer.entry_scale.skipped == 0
 
 
 class Alternating(chainer.Chain):
@@ -318,10 +318,10 @@ def test_a_graph_that_changes_between_steps_costs_at_most_steps(rng, timing):
     steps = 10
     for _ in range(steps):
         x = rng.standard_normal((16, 8)).astype(np.float16)
-        skipped = optimizer.overflow.skipped
+        skipped = optimizer.entry_scale.skipped
         optimizer.update(lambda x=x: F.sum(model(x) ** 2) * np.float32(2.0**-20))
         expected = plain_gradients(wide, lambda link, x=x: F.sum(link(x.astype(np.float32)) ** 2))
-        if optimizer.overflow.skipped == skipped:
+        if optimizer.entry_scale.skipped == skipped:
             found = {path: np.ldexp(gradient, 20) for path, gradient in model.true_gradients().items()}
             assert_same_as_float32(found, expected, db=40)
-    assert optimizer.overflow.skipped <= (steps // 2 if timing == "delayed" else 0)
+    assert optimizer.entry_scale.skipped <= (steps // 2 if timing == "delayed" else 0)

@@ -105,7 +105,7 @@ class Trainer:
 
     def run(self):
         self.trainer.run()
-        assert 0 < self.optimizer.overflow.skipped < 6
+        assert 0 < self.optimizer.entry_scale.skipped < 6
         return everything(self.optimizer, self.target)
 
 

@@ -109,3 +109,16 @@ def test_a_resumed_scale_that_is_to_start_elsewhere_does_so_without_a_back_off()
     saved = run(EntryScale.from_config(AdaLossConfig()), [False, False, True]).to_state()
     resumed = EntryScale.from_config(AdaLossConfig(init_scale=1024.0)).restored(saved)
     assert (resumed.exponent, resumed.backoff, resumed.skipped) == (10, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "settings, outcomes, expected",
+    [
+        ({}, [], "EntryScale(2**0 = 1, 0 steps skipped, as set)"),
+        ({"init_scale": 128}, [True, False], "EntryScale(2**6 = 64, 1 step skipped, backed off from 2**7)"),
+        ({"dynamic_interval": 2}, [True] * 3, "EntryScale(2**3 = 8, 0 steps skipped, dynamic)"),
+        ({}, [False] * 32, "EntryScale(2**-24 = 5.96046e-08, 32 steps skipped, diverged)"),
+    ],
+)
+def test_it_is_printed_as_its_scale_its_skipped_steps_and_its_state(settings, outcomes, expected):
+    assert repr(run(EntryScale.from_config(AdaLossConfig(**settings)), outcomes)) == expected
