@@ -343,7 +343,8 @@ def _ssd_loss(locs: chainer.Variable, confs: chainer.Variable, *targets: np.ndar
 
 def use_ssd_example() -> None:
     """Make the modules of the SSD example importable."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "ssd"))
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    sys.path += [str(examples / "ssd"), str(examples / "common")]
 
 
 CASES = {

@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent / "examples" / "ssd"
-sys.path[:0] = [str(HERE), str(EXAMPLE)]
+sys.path[:0] = [str(HERE), str(EXAMPLE), str(EXAMPLE.parent / "common")]
 
 import ada_loss.chainer  # noqa: E402, F401  isort: skip  (before Chainer)
 from experiments import SCALES, Row, Scale, Table  # noqa: E402

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
 import train_multi
 from arguments import OneSentenceParser
 from data_voc import JoinedDatasets

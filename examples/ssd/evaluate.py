@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
 from data_voc import JoinedDatasets
 from datasets import DATASETS, DatasetKind
 from detector import Detector

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
 from arguments import share
 from data_voc import read_image
 from datasets import DATASETS

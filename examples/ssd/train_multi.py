@@ -7,12 +7,16 @@ import ada_loss.chainer  # noqa: F401  isort: skip  (has to come before Chainer)
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import chainer
 import numpy as np
 
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
 from arguments import Settings, parse_settings
 from errors import InputError, ends_cleanly
 from output import reserved

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "results"), str(ROOT / "examples" / "ssd")]
+sys.path[:0] = [str(ROOT / "results"), str(ROOT / "examples" / "ssd"), str(ROOT / "examples" / "common")]
 
 import make_results  # noqa: E402
 from experiments import SCALES, Row, Scale, Table, row  # noqa: E402

@@ -14,7 +14,8 @@ import ada_loss.chainer  # noqa: F401  (before Chainer)
 
 HERE = Path(__file__).resolve().parent
 # The example's scripts import each other as they lie; so do the tests the helpers beside them.
-sys.path[:0] = [str(HERE.parents[2] / "examples" / "ssd"), str(HERE)]
+EXAMPLES = HERE.parents[2] / "examples"
+sys.path[:0] = [str(EXAMPLES / "ssd"), str(EXAMPLES / "common"), str(HERE)]
 
 from data_digits import DigitsSettings, find_digits  # noqa: E402
 

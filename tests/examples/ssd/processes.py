@@ -28,5 +28,5 @@ def launcher(ranks: int | None) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(EXAMPLE)])
+    paths = os.pathsep.join([str(ROOT), str(EXAMPLE), str(EXAMPLE.parent / "common")])
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | extra
