@@ -93,7 +93,7 @@ def adaptive_backward(case: Case, model: AdaLossScaled, batch: Batch) -> Callabl
     loss = _run(case, model, batch, np.float16)
 
     def gradients(m: int) -> Gradients:
-        model.policy.reset()
+        model.ada_loss.policy.reset()
         _backward(model, loss, m)
         return {path: np.ldexp(g.astype(np.float64), -m) for path, g in model.true_gradients().items()}
 

@@ -99,7 +99,7 @@ def delayed(comm: Any) -> dict[str, Any]:
         target = training(method="auto", timing="delayed", norm=no_norm)
         steps(target, prepared(target, comm), comm, [2.0 ** np.arange(BATCH)] * 3)
     own, comm.mpi_comm = comm.mpi_comm.told.ranges, mpi_comm
-    decisions = target.model.decisions
+    decisions = target.model.ada_loss.decisions
     return {
         "shifts": np.array([d.shift for d in decisions]),
         "safe": np.array([d.range.safe for d in decisions]),
@@ -121,7 +121,9 @@ def accumulation(comm: Any) -> dict[str, Any]:
                 x, t = batch(rng, BATCH)
                 target(*share((x, t * magnitude * 2.0 ** np.arange(BATCH)[:, None]), comm)).backward()
             optimizer.update()
-            known = [[d.shift, d.exponent, d.range.safe, d.range.wanted] for d in target.model.decisions]
+            known = [
+                [d.shift, d.exponent, d.range.safe, d.range.wanted] for d in target.model.ada_loss.decisions
+            ]
             found[f"known after step {step}"] = np.array(known)
             found |= {f"{path} after step {step}": array for path, array in masters(target).items()}
     return found
@@ -131,13 +133,15 @@ def own_timing(comm: Any) -> dict[str, Any]:
     """The shifts of a layer that alone is delayed, in steps whose gradients become smaller by 2**-4 each."""
     with dtype("mixed16"):
         target = training(method="auto", norm=no_norm)
-        target.model.link.last.ada_loss_config = AdaLossConfig(loss_scale_method="auto", timing="delayed")
+        target.model.last.ada_loss_config = AdaLossConfig(loss_scale_method="auto", timing="delayed")
         optimizer = prepared(target, comm, optimizers.SGD(0.0), hooks=())
         shifts = []
         for step in range(6):
             target.weight = 2.0 ** (-4 * step)
             steps(target, optimizer, comm, [1])
-            shifts += [d.shift + d.exponent for d in target.model.decisions if d.site.path == "/last"]
+            shifts += [
+                d.shift + d.exponent for d in target.model.ada_loss.decisions if d.site.path == "/last"
+            ]
     return {"shifts": np.array(shifts[2:])}
 
 

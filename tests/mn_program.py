@@ -181,7 +181,7 @@ def start(comm: Any) -> dict[str, Any]:
             if parameter.dtype == np.float16:
                 parameter.master = parameter.array.astype(np.float32) * np.float32(1 + 2.0**-14)
         for _ in range(1 + comm.rank):
-            target.model.policy.end_step(finite=False)
+            target.model.ada_loss.policy.end_step(finite=False)
         before = values(target)
         optimizer.update(target, *share(batch(np.random.default_rng(54), BATCH), comm))
     changed = [not np.array_equal(before[path], array) for path, array in values(target).items()]

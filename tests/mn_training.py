@@ -63,6 +63,6 @@ def no_norm(channels: int) -> chainer.Link:
 
 
 def outcome(target: chainer.Link, optimizer: Any) -> dict[str, Any]:
-    policy = target.model.policy
+    policy = target.model.ada_loss.policy
     scales = np.array([policy.entry.exponent, policy.entry.skipped, policy.iteration])
     return {**masters(target), "scales": scales, "steps": np.array(optimizer.t)}

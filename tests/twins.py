@@ -76,7 +76,7 @@ def assert_exact(
             np.testing.assert_array_equal(our_loss, loss)
             assert_same_bits(found, expected)
     scaled = models[0]
-    shifts = [decision.shift for decision in scaled.decisions]
+    shifts = [decision.shift for decision in scaled.ada_loss.decisions]
     assert any(shifts) if decisions is None else len(shifts) == decisions
     return scaled
 

@@ -1,4 +1,4 @@
-"""Adaptive loss scaling for Chainer: wrap a link in `AdaLossScaled`, `prepare` the optimizer, and train."""
+"""Adaptive loss scaling for Chainer: give a link to `AdaLossScaled`, `prepare` the optimizer, and train."""
 
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 

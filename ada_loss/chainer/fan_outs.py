@@ -1,4 +1,4 @@
-"""Fan-outs of a wrapped link, as its first forward pass shows them: where gradients are aligned and added."""
+"""Fan-outs of a scaled model, as its first forward pass shows them: where gradients are aligned and added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ada_loss.chainer.functions.branch import Branch
 from ada_loss.chainer.tagging import tag_of
 
 INPUT = "(input)"
-"""Stands for a variable that comes from outside the wrapped link."""
+"""Stands for a variable that comes from outside the model."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FanOut:
         return f"{made_by}{after}, used {self.uses} times"
 
 
-def find_branches(applied: list[tuple[Any, str]]) -> tuple[FanOut, ...]:
+def find_fan_outs(applied: list[tuple[Any, str]]) -> tuple[FanOut, ...]:
     """The fan-outs among functions, given in the order of their application with the paths of their links.
 
     Shared parameters are none: their gradients are added as well, but nothing branches off there.

@@ -16,6 +16,7 @@ from ada_loss.arrays.statistics import all_finite
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled
+from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.core.entry_scale import EntryScale
 
@@ -276,19 +277,19 @@ def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwarg
     loss.backward(loss_scale=optimizer._loss_scale)
 
 
-def scopes(target: chainer.Link) -> list[AdaLossScaled]:
-    """The wrapped models that a link holds."""
+def scopes(target: chainer.Link) -> list[Scaling]:
+    """What is kept on the scaled models that a link holds."""
     return list(named_scopes(target).values())
 
 
-def named_scopes(target: chainer.Link) -> dict[str, AdaLossScaled]:
-    """The wrapped models that a link holds, each once, by path."""
+def named_scopes(target: chainer.Link) -> dict[str, Scaling]:
+    """What is kept on the scaled models that a link holds, each once, by the model's path."""
     found = {id(link): (path, link) for path, link in target.namedlinks() if isinstance(link, AdaLossScaled)}
-    return dict(found.values())
+    return {path: link.ada_loss for path, link in found.values()}
 
 
 def require_scopes(target: chainer.Link) -> None:
-    """A ValueError if a link holds no wrapped model."""
+    """A ValueError if a link holds no scaled model."""
     if not scopes(target):
         raise ValueError(
             "The optimizer's model holds no AdaLossScaled: wrap the model before optimizer.setup(model)."

@@ -68,7 +68,7 @@ class ShiftPolicy:
         self.entry = EntryScale.from_config(config)
         self.iteration = 0
         self.decisions: dict[Site, Decision] = {}
-        self.branches: tuple[FanOut, ...] | None = None
+        self.fan_outs: tuple[FanOut, ...] | None = None
         self._peaks: dict[Site, float] = {}
         self._begun: dict[Site, Begun[Range]] = {}
         self._begun_peaks: dict[Site, Begun[float]] = {}

@@ -1,9 +1,10 @@
-"""`AdaLossScaled`: wraps a model so that its gradients find their own scales."""
+"""`AdaLossScaled`: makes the gradients of a model find their own scales."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import chainer
@@ -11,31 +12,48 @@ import numpy as np
 from chainer import serializer as chainer_serializer
 
 from ada_loss.chainer import backward_state
-from ada_loss.chainer.fan_outs import FanOut
+from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
-from ada_loss.chainer.policy import Decision, ShiftPolicy
-from ada_loss.chainer.scope import Scope
+from ada_loss.chainer.policy import ShiftPolicy
+from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.snapshot import load_optional
-from ada_loss.chainer.tagging import LinkPaths, active_recorder
-from ada_loss.chainer.transforms import Filter, Report, transform
+from ada_loss.chainer.tagging import active_recorder
+from ada_loss.chainer.transforms import Filter, transform
 from ada_loss.core.config import AdaLossConfig
 
+NAME = "ada_loss"
+"""The one name that a scaled model has besides its own: of its attribute, and of its state in saved files."""
 
-class AdaLossScaled(chainer.Chain):
-    """A link whose gradients carry scales of their own, chosen layer by layer while training runs.
+_FORMER_NAMES = {
+    "branches": "fan_outs",
+    "config": "config",
+    "decisions": "decisions",
+    "policy": "policy",
+    "report": "report",
+}
+
+
+class AdaLossScaled(chainer.Link):
+    """`AdaLossScaled(link)` makes a link's gradients carry scales of their own, chosen layer by layer.
 
     Args:
-        link: any link. It becomes `.link`; its layers become scaled variants, in place.
+        link: any link. Its layers become scaled variants, in place.
         loss_scale_method: the rule, see `AdaLossConfig`, which also describes the other `settings`.
         filter: a function (path, link) -> bool that says which layers to scale; all of them by default.
         output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in
             float32, and the gradients that enter are scaled before they are rounded.
         settings: any field of `AdaLossConfig`; a bad one raises a ValueError.
 
-    Call it as the link itself: it takes and returns what the link takes and returns. Inside another
-    `AdaLossScaled` it is just the link. Attributes and methods of the link are reachable on it, but only what
-    is computed by calling it is scaled. Saved, it has the paths of the plain link, and its own state beside
-    them under `ada_loss/`.
+    Returns:
+        The very link, which has a class made of this one and its own from now on. Its methods, attributes,
+        paths and saved files stay what they are. What this package knows of it is in `link.ada_loss`, see
+        `Scaling`; saved, that is beside the link's own entries under `ada_loss/`.
+
+    Raises:
+        TypeError: `link` is no link.
+        ValueError: a setting is wrong, the link is scaled already, or it has an attribute `ada_loss`.
+
+    Inside another scaled model it is just a link.
 
     In float32 gradients equal those of the plain link bit for bit. That takes functions whose backward is
     linear in the gradient, as every one of Chainer's is; a function of your own that clips or normalizes the
@@ -45,111 +63,140 @@ class AdaLossScaled(chainer.Chain):
     for them.
     """
 
-    def __init__(
-        self,
-        link: chainer.Link,
+    ada_loss: Scaling
+
+    def __new__(
+        cls,
+        link: Any,
         loss_scale_method: str = "auto",
         *,
         filter: Filter | None = None,
         output_dtype: Any = "float32",
         **settings: Any,
-    ) -> None:
+    ) -> Any:
         config = AdaLossConfig(loss_scale_method=loss_scale_method, **settings)
-        if not isinstance(link, chainer.Link):
-            raise TypeError(f"AdaLossScaled wraps a chainer.Link, not {type(link).__name__}.")
-        super().__init__()
-        self.report, refused = transform(link, filter)
-        self.policy = ShiftPolicy(config, refused)
-        self._paths = LinkPaths()
-        self._output_dtype = None if output_dtype is None else np.dtype(output_dtype)
-        with self.init_scope():
-            self.link = link
+        dtype = None if output_dtype is None else np.dtype(output_dtype)
+        _check(link)
+        report, refused = transform(link, filter)
+        become(link, _scaled_class(cls, type(link)))
+        vars(link)[NAME] = Scaling(ShiftPolicy(config, refused), report, dtype)
+        return link
 
-    report: Report
-    """What the transform converted and what it left, and why."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Python initializes what `AdaLossScaled(link)` returns, as if it were new.
+        if any(argument is self for argument in (*args[:1], kwargs.get("link"))):
+            return
+        super().__init__(*args, **kwargs)
+        plain = plain_class(type(self))
+        if NAME not in vars(self) and plain is not None:
+            # The model has made another of its own kind, which nobody has scaled.
+            become(self, plain)
 
-    policy: ShiftPolicy
-    """The shifts and the entry scale."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A class that is made here is no subclass that the model's own would want to know of.
+        pass
 
-    @property
-    def config(self) -> AdaLossConfig:
-        return self.policy.config
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """The latest decision of every decision point, in the order in which backward first met them."""
-        return list(self.policy.decisions.values())
-
-    @property
-    def branches(self) -> tuple[FanOut, ...]:
-        """Where the graph of the first forward pass fans out, so that gradients meet; () before it."""
-        return self.policy.branches or ()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if active_recorder() is not None:
-            return self.link(*args, **kwargs)
-        scope = Scope(self.policy, self._paths, weakref.ref(self.link), self._output_dtype)
-        return scope.call(self.link, args, kwargs)
+            return super().__call__(*args, **kwargs)
+        return self.ada_loss.scope(self).call(super().__call__, args, kwargs)
 
     def true_gradients(self) -> dict[str, Any]:
-        """Each parameter's true gradient, a new float32 array or None, by its path in the plain link."""
-        return {path: _true_gradient(parameter) for path, parameter in self.link.namedparams()}
+        """Each parameter's true gradient, a new float32 array or None, by its path."""
+        return {path: _true_gradient(parameter) for path, parameter in self.namedparams()}
 
     def cleargrads(self) -> None:
         super().cleargrads()
         if not backward_state.running():
             # A hook that clears gradients while backward runs is in the middle of a step.
-            self.policy.clear()
+            self.ada_loss.policy.clear()
 
-    def copy(self, mode: str = "share") -> AdaLossScaled:
+    def copy(self, mode: str = "share") -> Any:
         """Chainer's copy, with scales of its own: those of the original, or fresh ones in mode `init`."""
         other = super().copy(mode)
-        other.policy, other._paths = ShiftPolicy(self.config, self.policy.layers), LinkPaths()
-        if mode != "init":
-            other.policy.load_json(self.policy.to_json())
+        if not isinstance(other, AdaLossScaled):
+            # `Sequential` copies into a new one.
+            become(other, _scaled_class(AdaLossScaled, type(other)))
+        vars(other)[NAME] = self.ada_loss.copied(fresh=mode == "init")
         return other
 
     def copyparams(self, link: chainer.Link, copy_persistent: bool = True) -> None:
-        """Copy parameters from a link, wrapped or plain; from a wrapped one the scales as well.
+        """Copy parameters from a link, scaled or plain; from a scaled one the scales as well.
 
         Chainer's `ParallelUpdater` brings its replicas up to date this way.
         """
-        wrapped = isinstance(link, AdaLossScaled)
-        self.link.copyparams(link.link if wrapped else link, copy_persistent)
-        if wrapped and copy_persistent:
-            self.policy.load_json(link.policy.to_json())
-
-    def namedparams(self, include_uninit: bool = True) -> Iterator[tuple[str, chainer.Parameter]]:
-        """Parameters by their paths in the plain link."""
-        return self.link.namedparams(include_uninit)
+        super().copyparams(link, copy_persistent)
+        if isinstance(link, AdaLossScaled) and copy_persistent:
+            self.ada_loss.policy.load_json(link.ada_loss.policy.to_json())
 
     def serialize(self, serializer: Any) -> None:
-        self.link.serialize(serializer)
-        own = serializer["ada_loss"]
+        super().serialize(serializer)
+        own = serializer[NAME]
         if isinstance(serializer, chainer_serializer.Serializer):
-            own("state", np.frombuffer(self.policy.to_json().encode(), np.uint8))
+            own("state", np.frombuffer(self.ada_loss.policy.to_json().encode(), np.uint8))
         else:
-            _load_state(own, self.policy)
+            _load_state(own, self.ada_loss.policy)
 
     def __str__(self) -> str:
-        if not self.branches:
-            return super().__str__()
-        branches = "".join(f"\n    {branch}" for branch in self.branches)
-        return f"{super().__str__().removesuffix(')')}  (branches):{branches}\n)"
+        text = super().__str__()
+        fan_outs = "".join(f"\n    {fan_out}" for fan_out in self.ada_loss.fan_outs)
+        return f"{text.removesuffix(')')}  (fan-outs):{fan_outs}\n)" if fan_outs else text
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        return _rescaled, (self.ada_loss, *picklable(make, arguments)), *state
 
     def __getattr__(self, name: str) -> Any:
-        # Only names that the wrapper itself does not have come here; before __init__ has run there is no link
-        # yet.
-        if name.startswith("__") or "link" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.link, name)
+        own = getattr(super(), "__getattr__", None)
+        try:
+            # Without a `__getattr__` of the model's own: what has led here, a property that raised perhaps.
+            return own(name) if own else super().__getattribute__(name)
+        except AttributeError:
+            if name == "link" and not self.within_init_scope:
+                warnings.warn(
+                    "AdaLossScaled(link) returns the link itself: leave out .link",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                return self
+            if name in _FORMER_NAMES and not self.within_init_scope:
+                raise AttributeError(
+                    f".{name} of a scaled model is .ada_loss.{_FORMER_NAMES[name]}"
+                ) from None
+            raise
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        link = self.__dict__.get("link")
-        if link is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(link, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(link, name, value)
+
+def _scaled_class(front: type, plain: type) -> type:
+    """The class of a scaled model whose own is `plain`."""
+    return made_class(front, plain, __new__=_new)
+
+
+def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """`__new__` of a scaled model's class: that of the model's own."""
+    plain_new: Any = super(AdaLossScaled, cls).__new__
+    return plain_new(cls) if plain_new is object.__new__ else plain_new(cls, *args, **kwargs)
+
+
+def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A copy of a scaled model, as pickle and deepcopy make it."""
+    link = make(*arguments)
+    if not isinstance(link, AdaLossScaled):
+        become(link, _scaled_class(AdaLossScaled, type(link)))
+    vars(link)[NAME] = scaling
+    return link
+
+
+def _check(link: Any) -> None:
+    """Whether a link can be scaled."""
+    if not isinstance(link, chainer.Link):
+        raise TypeError(f"AdaLossScaled wraps a chainer.Link, not {type(link).__name__}.")
+    if isinstance(link, AdaLossScaled):
+        raise ValueError("This link is scaled already: call AdaLossScaled once.")
+    if inspect.getattr_static(link, NAME, None) is not None:
+        raise ValueError(
+            f"{type(link).__name__} has an attribute {NAME!r}, the one name that AdaLossScaled needs: "
+            "give it another."
+        )
 
 
 def _true_gradient(parameter: chainer.Parameter) -> Any:

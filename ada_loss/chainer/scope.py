@@ -1,15 +1,16 @@
-"""The scope: what one call of a wrapped link adds to Chainer's graph, where gradients carry exponents."""
+"""The scope: what one call of a scaled model adds to Chainer's graph, where gradients carry exponents."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import chainer
 import numpy as np
 
-from ada_loss.chainer.fan_outs import find_branches
+from ada_loss.chainer.fan_outs import find_fan_outs
 from ada_loss.chainer.nested import map_variables
 from ada_loss.chainer.policy import Decision, ShiftPolicy
 from ada_loss.chainer.products import Product, weight_of
@@ -21,10 +22,10 @@ ENTRY = "(entry)"
 
 @dataclass(frozen=True)
 class Scope:
-    """What the functions of one call of a wrapped link share.
+    """What the functions of one call of a scaled model share.
 
-    output_dtype: what float16 results are cast to; None leaves them. link: refers to the wrapped link weakly,
-    since the link may keep variables, and with them the scope.
+    output_dtype: what float16 results are cast to; None leaves them. link: refers to the model weakly,
+    since the model may keep variables, and with them the scope.
     """
 
     policy: ShiftPolicy
@@ -32,17 +33,17 @@ class Scope:
     link: weakref.ref[chainer.Link]
     output_dtype: np.dtype[Any] | None
 
-    def call(self, link: chainer.Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The wrapped link's results, computed in this scope."""
-        first = chainer.config.enable_backprop and self.policy.branches is None
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's results, as `forward` computes them, in this scope."""
+        first = chainer.config.enable_backprop and self.policy.fan_outs is None
         applied: list[tuple[Any, str]] | None = [] if first else None
         recorder = self.recorder(applied)
         with recorder:
-            results = link(*args, **kwargs)
+            results = forward(*args, **kwargs)
             with recorder.named(ENTRY, None):
                 results = map_variables(self._leaving, results)
         if applied is not None:
-            self.policy.branches = find_branches(applied)
+            self.policy.fan_outs = find_fan_outs(applied)
         return results
 
     def recorder(self, applied: list[tuple[Any, str]] | None = None) -> Recorder:

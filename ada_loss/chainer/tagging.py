@@ -1,4 +1,4 @@
-"""Marks the functions that a wrapped link applies as its scope's, and decision points as their layer's."""
+"""Marks the functions that a scaled model applies as its scope's, and decision points as their layer's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = "AdaLossRecorder"
 class Site(NamedTuple):
     """Where a shift is chosen.
 
-    path: the innermost link that applied the function, as a path below the wrapped link, "/" for the link
+    path: the innermost link that applied the function, as a path below the scaled model, "/" for the link
         itself, or the name given to the function, if it has one. call: which of the path's decision points
         within one step, from 0.
     operand: which input's gradient is scaled; matters for products of two activations.
@@ -108,7 +108,7 @@ class Recorder(chainer.FunctionHook):
         self._around: Recorder | None = None
 
     def __enter__(self) -> Recorder:
-        # A backward pass inside a wrapped link's forward may recompute what F.forget forgot, in a recorder of
+        # A backward pass inside a scaled model's forward may recompute what F.forget forgot, in a recorder of
         # its own.
         self._around = chainer.get_function_hooks().pop(_NAME, None)
         if self._around is not None:

@@ -103,11 +103,11 @@ def test_a_step_that_overflows_is_skipped_and_lowers_the_entry_scale(gpu, rng, t
         backward(target, batch(rng))
         optimizer.update()
         (x, t) = batch(rng)
-        before = target.model.policy.entry
+        before = target.model.ada_loss.policy.entry
         backward(target, (x, np.full_like(t, np.inf)))
         optimizer.update()
     assert optimizer.entry_scale.skipped == 1
-    assert target.model.policy.entry != before
+    assert target.model.ada_loss.policy.entry != before
 
 
 def test_sums_too_large_for_the_scale_of_a_layer_lower_it_within_a_few_steps(gpu, rng):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from chainer import link_hooks
 
-from ada_loss.chainer import AdaLossScaled
 from helpers import dtype, signal_to_noise
 from twins import Graph, Noting, assert_exact, draw, exact, weighted_sum, wide, wrapped_copy
 
@@ -18,7 +17,7 @@ class TestGraphs:
             return m.c(h + m.b(h)) + h + x
 
         scaled = exact(rng, combine, decisions=3)
-        assert len({decision.exponent for decision in scaled.decisions}) > 1
+        assert len({decision.exponent for decision in scaled.ada_loss.decisions}) > 1
 
     def test_concatenation_and_splitting(self, rng):
         def combine(m, x):
@@ -98,11 +97,11 @@ class TestGraphs:
     def test_arrays_without_elements(self):
         link = Graph(lambda m, x: m.b(F.relu(m.a(x))) + m.c(x))
         scaled = assert_exact(link, [np.zeros((0, 4), np.float32)], decisions=3)
-        assert not any(decision.shift for decision in scaled.decisions)
+        assert not any(decision.shift for decision in scaled.ada_loss.decisions)
 
     def test_gradients_of_zeros(self, rng):
         scaled = exact(rng, lambda m, x: m.b(F.relu(m.a(x))) * 0, decisions=2)
-        assert not any(decision.shift for decision in scaled.decisions)
+        assert not any(decision.shift for decision in scaled.ada_loss.decisions)
 
     def test_an_old_style_function(self, rng):
         class Double(chainer.Function):
@@ -173,7 +172,7 @@ class TestInputsWithoutGradient:
         ids = np.array([0, 2, 2], np.int32)
         link = Graph(lambda m, i: m.b(F.embed_id(i, m.a.W)))
         scaled = assert_exact(link, [ids], decisions=1)
-        assert scaled.link.c.W.grad is None
+        assert scaled.c.W.grad is None
 
     def test_a_function_that_returns_none(self, rng):
         exact(rng, lambda m, x: m.a(x) + F.where(x.array > 0, m.b(x), F.sign(m.c(x))))
@@ -216,8 +215,7 @@ class TestAccumulation:
 
     def test_from_inside_and_outside_the_scope(self, rng):
         def run(model, x):
-            link = model.link if isinstance(model, AdaLossScaled) else model
-            return weighted_sum(model(x)) + 0.5 * wide(F.sum(link.a.W**2)) + wide(F.sum(link.b(x) * 3))
+            return weighted_sum(model(x)) + 0.5 * wide(F.sum(model.a.W**2)) + wide(F.sum(model.b(x) * 3))
 
         exact(rng, lambda m, x: m.b(F.relu(m.a(x))), run, mixed16=1)
 
@@ -225,9 +223,8 @@ class TestAccumulation:
         data = draw(rng)
 
         def run(model, x):
-            link = model.link if isinstance(model, AdaLossScaled) else model
             weighted_sum(model(data.astype(x.dtype))).backward()
-            return weighted_sum(link.a(x))
+            return weighted_sum(model.a(x))
 
         exact(rng, lambda m, x: m.b(F.relu(m.a(x))), run, mixed16=1)
 

@@ -17,7 +17,7 @@ class TestForget:
 
     def test_inside_a_scope(self, rng):
         scaled = exact(rng, self.forgetting, decisions=3)
-        assert {d.site.path for d in scaled.decisions} == {"/a", "/b", "/c"}
+        assert {d.site.path for d in scaled.ada_loss.decisions} == {"/a", "/b", "/c"}
 
     def test_with_shared_parameters(self, rng):
         # Plain Chainer loses gradients here: its outer pass overwrites what the recomputation has added.
@@ -49,7 +49,7 @@ class TestForget:
                 loss = weighted_sum(model(chainer.Variable(x)))
                 model.cleargrads()
                 loss.backward()
-            assert {decision.site.call for decision in scaled.decisions} == {0, 1}
+            assert {decision.site.call for decision in scaled.ada_loss.decisions} == {0, 1}
             assert_same_bits({"W": scaled.a.W.grad}, {"W": reference.a.W.grad})
 
     def test_several_inputs_and_outputs(self, rng):

@@ -59,7 +59,7 @@ def draw(rng, *shape):
 def test_a_function_of_raw_parameters_is_a_decision_point(name, module, rng):
     shape, *parameters = RAW[name]
     scaled = assert_exact(Raw(getattr(module, name), parameters), [draw(rng, *shape)], decisions=1)
-    (decision,) = scaled.decisions
+    (decision,) = scaled.ada_loss.decisions
     assert decision.site == ("/", 0, 0)
     assert decision.shift != 0
 
@@ -71,8 +71,8 @@ def test_a_product_of_two_activations_decides_for_both(name, module, rng):
     # Chainer has batch_matmul in float32 only.
     settings = {"mixed16": None} if name == "batch_matmul" else {}
     scaled = assert_exact(link, [draw(rng, *shape) for shape in PAIRS[name]], decisions=2, **settings)
-    assert [decision.site.operand for decision in scaled.decisions] == [0, 1]
-    assert all(decision.shift for decision in scaled.decisions)
+    assert [decision.site.operand for decision in scaled.ada_loss.decisions] == [0, 1]
+    assert all(decision.shift for decision in scaled.ada_loss.decisions)
 
 
 def test_an_einsum_of_two_activations_decides_for_both(rng):
@@ -96,7 +96,7 @@ def test_attention_has_plain_chainers_gradients(rng):
             return x + self.out(functions.matmul(weights, v, name="values"), n_batch_axes=2)
 
     scaled = assert_exact(Attention(), [draw(rng, 2, 5, 6)], decisions=8)
-    operands = {(decision.site.path, decision.site.operand) for decision in scaled.decisions}
+    operands = {(decision.site.path, decision.site.operand) for decision in scaled.ada_loss.decisions}
     assert operands >= {("scores", 0), ("scores", 1), ("values", 0), ("values", 1)}
 
 
@@ -125,7 +125,9 @@ def test_a_name_and_settings_go_with_the_function(rng):
         return functions.linear(h, b, name="second") + functions.linear(h, b, name="second")
 
     scaled = assert_exact(Raw(run, [(4, 6), (3, 4)]), [draw(rng, 2, 6)], decisions=3)
-    shifts = {(decision.site.path, decision.site.call): decision.shift for decision in scaled.decisions}
+    shifts = {
+        (decision.site.path, decision.site.call): decision.shift for decision in scaled.ada_loss.decisions
+    }
     assert shifts.keys() == {("first", 0), ("second", 0), ("second", 1)}
     assert shifts["first", 0] == 0 != shifts["second", 0]
 
@@ -137,7 +139,7 @@ def test_a_name_holds_for_everything_within_it_and_ends_with_it(rng):
         return F.linear(h, a)
 
     scaled = assert_exact(Raw(run, [(6, 6), (6, 6)]), [draw(rng, 2, 6)], decisions=3)
-    assert {decision.site.path: decision.shift != 0 for decision in scaled.decisions} == {
+    assert {decision.site.path: decision.shift != 0 for decision in scaled.ada_loss.decisions} == {
         "block": False,
         "/": True,
     }
@@ -150,7 +152,7 @@ def test_a_name_ends_with_an_error_as_well(rng):
         return F.linear(x, W)
 
     scaled = assert_exact(Raw(run, [(4, 6)]), [draw(rng, 2, 6)])
-    assert {decision.site.path for decision in scaled.decisions} == {"/"}
+    assert {decision.site.path for decision in scaled.ada_loss.decisions} == {"/"}
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -161,7 +163,7 @@ def test_a_branch_adds_the_gradients_of_its_outputs(n, rng):
     scaled = assert_exact(Raw(run, [(4, 6)]), [draw(rng, 3, 6)]) if n < 3 else None
     scaled = scaled or AdaLossScaled(Raw(run, [(4, 6)]), init_scale=4.0)
     weighted_sum(scaled(chainer.Variable(draw(rng, 3, 6)))).backward()
-    assert [branch.uses for branch in scaled.branches if branch.function == "Branch"] == [n]
+    assert [branch.uses for branch in scaled.ada_loss.fan_outs if branch.function == "Branch"] == [n]
 
 
 def test_a_branch_that_nobody_uses_has_no_gradient(rng):

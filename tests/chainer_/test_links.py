@@ -91,7 +91,7 @@ def test_recurrent_layers_over_sequences_have_plain_chainers_gradients(make, rng
         return weighted_sum([*states, *ys])
 
     scaled = assert_exact(make(2, 4, 3, 0.3), [draw(rng, length, 4) for length in (4, 2, 3)], run)
-    assert {decision.site.path for decision in scaled.decisions} == {"/"}
+    assert {decision.site.path for decision in scaled.ada_loss.decisions} == {"/"}
 
 
 def test_a_tree_lstm_has_plain_chainers_gradients(rng):
@@ -151,8 +151,8 @@ def test_other_links_with_parameters_pass_the_exponent_through(name, train, rng)
     settings = {"mixed16": None} if name == "decorrelated" else {}
     with chainer.using_config("train", train):
         scaled = assert_exact(link, [draw(rng, 16, 5)], decisions=2, **settings)
-    for path, value in scaled.link[1].__dict__.items():
-        if path in scaled.link[1]._persistent:
+    for path, value in scaled[1].__dict__.items():
+        if path in scaled[1]._persistent:
             np.testing.assert_array_equal(value, getattr(link[1], path), err_msg=path)
 
 
@@ -216,9 +216,9 @@ def test_a_users_subclass_of_a_layer_becomes_a_variant_of_its_own(rng):
     scaled = assert_exact(
         chainer.Sequential(Doubling(6, 4), F.relu, Doubling(4, 3)), [draw(rng, 2, 6)], decisions=2
     )
-    assert scaled.report.converted == {"/0": "AdaLossDoubling", "/1": "AdaLossDoubling"}
-    assert isinstance(scaled.link[0], Doubling)
-    assert type(scaled.link[0]) is type(scaled.link[2])
+    assert scaled.ada_loss.report.converted == {"/0": "AdaLossDoubling", "/1": "AdaLossDoubling"}
+    assert isinstance(scaled[0], Doubling)
+    assert type(scaled[0]) is type(scaled[2])
 
 
 def test_a_layer_can_have_settings_of_its_own(rng):
@@ -226,7 +226,7 @@ def test_a_layer_can_have_settings_of_its_own(rng):
         L.Linear(6, 4), links.AdaLossLinear(4, 3).with_config(AdaLossConfig(loss_scale_method="fixed"))
     )
     scaled = assert_exact(link, [draw(rng, 2, 6)])
-    shifts = {decision.site.path: decision.shift for decision in scaled.decisions}
+    shifts = {decision.site.path: decision.shift for decision in scaled.ada_loss.decisions}
     assert shifts["/1"] == 0 != shifts["/0"]
 
 
@@ -241,7 +241,7 @@ def test_a_branch_link_gives_its_input_to_every_consumer(rng):
 
     scaled = assert_exact(Fork(), [draw(rng, 2, 4)])
     assert "(branch): AdaLossBranch(n=3)" in str(scaled)
-    assert [branch.uses for branch in scaled.branches if branch.path == "/branch"] == [3]
+    assert [branch.uses for branch in scaled.ada_loss.fan_outs if branch.path == "/branch"] == [3]
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, None])

@@ -170,7 +170,7 @@ class TestMastersFollow:
     def test_copyparams(self, rng):
         with dtype("mixed16"):
             other = Net()
-        parameter, _ = self.changed(rng, lambda target: target.model.link.copyparams(other))
+        parameter, _ = self.changed(rng, lambda target: target.model.copyparams(other))
         np.testing.assert_array_equal(parameter.array, other.first.W.array)
         np.testing.assert_array_equal(parameter.master, other.first.W.array.astype(np.float32))
 
@@ -271,7 +271,7 @@ class TestFloat32Gradients:
         target, plain = AdaLossScaled(twice()), twice()
         x, _ = batch(rng)
         optimizer, reference = prepared(target, optimizers.SGD(0.05)), optimizers.SGD(0.05).setup(plain)
-        for layer in (target.link[0], plain[0]):
+        for layer in (target[0], plain[0]):
             layer.W.update_rule.add_hook(hooks.WeightDecay(0.1))
         for _ in range(2):
             optimizer.update(lambda: F.sum(target(x) ** 2))

@@ -114,8 +114,8 @@ def test_an_unchanged_model_has_plain_chainers_gradients(name, rng):
     assert ours == plain
     assert_same_bits(found, expected)
     assert np.mean([np.any(gradient) for gradient in found.values() if gradient is not None]) > 0.9
-    assert any(decision.shift for decision in scaled.decisions)
-    assert len(scaled.decisions) == DECISIONS.get(name, len(scaled.decisions))
+    assert any(decision.shift for decision in scaled.ada_loss.decisions)
+    assert len(scaled.ada_loss.decisions) == DECISIONS.get(name, len(scaled.ada_loss.decisions))
 
 
 @pytest.mark.parametrize("name", models(["thin SSD512", "ResNet50", "SegNetBasic", "VGG16", "YOLOv3"]))
@@ -127,7 +127,7 @@ def test_in_mixed16_a_model_has_finite_gradients_of_float32s_magnitude(name, rng
         scaled = AdaLossScaled(initialized(make(), x), "auto")
         _, found = gradients(scaled, loss, [x])
     wide = initialized(make(), x.astype(np.float32))
-    wide.copyparams(scaled.link)
+    wide.copyparams(scaled)
     _, expected = gradients(wide, loss, [x.astype(np.float32)])
     assert all(np.isfinite(gradient).all() for gradient in found.values())
     for path, reference in expected.items():
@@ -138,7 +138,7 @@ def test_in_mixed16_a_model_has_finite_gradients_of_float32s_magnitude(name, rng
 def test_the_fan_outs_of_a_detector_are_shown(rng):
     scaled = AdaLossScaled(V.SSD300(n_fg_class=3, pretrained_model=None))
     scaled(np.zeros((1, 3, 257, 257), np.float32))
-    uses = {(branch.path, branch.layer.split("/")[-1]): branch.uses for branch in scaled.branches}
+    uses = {(branch.path, branch.layer.split("/")[-1]): branch.uses for branch in scaled.ada_loss.fan_outs}
     # The layers that are picked feed the next one and two heads; conv4_3 is normalized for its heads.
     picked = {("/extractor", name): 3 for name in ("conv7", "conv8_2", "conv9_2", "conv10_2")}
     ends = {("/extractor", "conv4_3"): 2, ("/extractor/norm4", "conv4_3"): 2, ("/extractor", "conv11_2"): 2}
@@ -147,14 +147,15 @@ def test_the_fan_outs_of_a_detector_are_shown(rng):
 
 
 def test_methods_of_a_wrapped_detector_are_its_own(rng):
-    scaled = AdaLossScaled(V.SSD300(n_fg_class=3, pretrained_model=None))
+    detector = V.SSD300(n_fg_class=3, pretrained_model=None)
+    coder, scaled = detector.coder, AdaLossScaled(detector)
     scaled.use_preset("evaluate")
-    assert scaled.link.score_thresh == 0.01
+    assert scaled.score_thresh == 0.01
     scaled.score_thresh = 0.99
     bboxes, labels, scores = scaled.predict([rng.uniform(0, 255, (3, 40, 30)).astype(np.float32)])
     assert len(bboxes) == len(labels) == len(scores) == 1
-    assert scaled.coder is scaled.link.coder
-    assert scaled.report.converted["/extractor/conv1_1"] == "AdaLossConvolution2D"
+    assert scaled.coder is coder
+    assert scaled.ada_loss.report.converted["/extractor/conv1_1"] == "AdaLossConvolution2D"
 
 
 def test_functions_of_float32_only_work_between_casts(rng):
@@ -173,6 +174,6 @@ def test_functions_of_float32_only_work_between_casts(rng):
     assert_same_bits(gradients(AdaLossScaled(link, "auto"), loss, [x])[1], expected)
     with dtype("mixed16"):
         narrow = AdaLossScaled(Pooled(), "auto")
-    narrow.link.copyparams(link)
+    narrow.copyparams(link)
     _, found = gradients(narrow, loss, [x.astype(np.float16)])
     assert min(signal_to_noise(found[path], expected[path]) for path in expected) > 30

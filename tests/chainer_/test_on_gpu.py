@@ -34,7 +34,7 @@ def on_gpu(plain, method, timing):
     """A wrapped mixed16 model on the GPU with the weights of a float32 one on the CPU."""
     with dtype("mixed16"):
         model = AdaLossScaled(Net(), method, timing=timing)
-    for ours, theirs in zip(model.link.params(), plain.params(), strict=True):
+    for ours, theirs in zip(model.params(), plain.params(), strict=True):
         ours.array = theirs.array.astype(ours.dtype)
         theirs.array = ours.array.astype(np.float32)
     model.to_device(DEVICE)
@@ -59,7 +59,7 @@ def test_gradients_follow_float32_on_the_cpu(rng, provider, method, timing):
     norms = {path: np.linalg.norm(gradient) for path, gradient in expected.items()}
     for _ in range(3):
         step(model, cupy.asarray(x))
-        for path, parameter in model.link.namedparams():
+        for path, parameter in model.namedparams():
             # What is next to nothing beside others is noise in float32 as well.
             if norms[path] > 1e-3 * max(norms.values()):
                 assert signal_to_noise(on_host(parameter.grad), expected[path]) > DECIBEL, path
@@ -79,7 +79,7 @@ def test_updates_follow_those_on_the_cpu(rng, provider, method):
         for optimizer in optimizers:
             optimizer.update()
     assert optimizers[1].entry_scale.skipped == 0
-    found = dict(model.link.namedparams())
+    found = dict(model.namedparams())
     for path, parameter in plain.namedparams():
         moved = np.linalg.norm(parameter.array - before[path])
         ours = found[path].array if found[path].master is None else found[path].master

@@ -73,7 +73,7 @@ class TestUpdatesAreFloat32Chainers:
         data = batch(rng)
         target = training("float32", init_scale=8)
         plain = Training(Net())
-        plain.model.copyparams(target.model.link)
+        plain.model.copyparams(target.model)
         plain.head.copyparams(target.head)
         optimizer, reference = prepared(target, OPTIMIZERS[name]()), OPTIMIZERS[name]().setup(plain)
         for _ in range(3):
@@ -230,7 +230,7 @@ class TestWhichParametersAreUpdated:
         with dtype("mixed16"):
             target = training()
             optimizer = prepared(target, None, hooks.WeightDecay(0.1))
-            target.model.link.first.disable_update()
+            target.model.first.disable_update()
             target.head.b.update_rule.enabled = False
             before = values(target)
             optimizer.update(target, *batch(rng))

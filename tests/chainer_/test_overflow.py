@@ -127,7 +127,7 @@ class TestOverflow:
         )
         optimizer = prepared(target)
         optimizer.update(lambda: F.sum(target(np.full((2, 4), np.inf, np.float32))))
-        assert [scope.policy.entry.exponent for scope in target] == [-1, 1]
+        assert [scope.ada_loss.policy.entry.exponent for scope in target] == [-1, 1]
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])

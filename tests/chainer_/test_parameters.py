@@ -28,11 +28,9 @@ def x(rng):
 
 def pair():
     """The same model in float32, wrapped and plain."""
-    model = AdaLossScaled(Net(None), init_scale=32)
-    model(np.zeros((2, SIZE), np.float32))
-    plain = copy.deepcopy(model.link)
-    for parameter in plain.params():
-        parameter.__class__ = chainer.Parameter
+    plain = Net(None)
+    plain(np.zeros((2, SIZE), np.float32))
+    model = AdaLossScaled(copy.deepcopy(plain), init_scale=32)
     model.cleargrads()
     plain.cleargrads()
     return model, plain
@@ -158,12 +156,15 @@ class TestParametersUsedOutsideTheScope:
         F.sum(F.sin(model(F.forget(layer, chainer.Variable(x))))).backward(loss_scale=scale)
         optimizer.update()
         plain.cleargrads()
-        F.sum(F.sin(plain[1].link(plain[0](x)))).backward()
+        F.sum(F.sin(plain[1](plain[0](x)))).backward()
         np.testing.assert_array_equal(layer.W.array, plain[0].W.array - np.float32(0.1) * plain[0].W.grad)
 
     def test_with_a_plain_optimizer_behave_as_chainers_own(self, x):
-        wrapped, plain = pair()
-        for link in (wrapped.link, plain):
+        _, plain = pair()
+        ours = copy.deepcopy(plain)
+        for parameter in ours.params():
+            adopt(parameter)
+        for link in (ours, plain):
             optimizer = chainer.optimizers.MomentumSGD(0.1).setup(link)
             optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
             for scale in (None, 16.0):
@@ -171,7 +172,7 @@ class TestParametersUsedOutsideTheScope:
                 F.sum(F.sin(link(x))).backward(loss_scale=scale)
                 if scale is None:
                     optimizer.update()
-        assert_same_bits(values(wrapped), values(plain))
+        assert_same_bits(values(ours), values(plain))
 
 
 class TestReadingAndWriting:
@@ -272,7 +273,7 @@ class TestParallelReplicas:
                 for _ in range(3):
                     updater.update()
             for model in getattr(updater, "_models", {"main": target}).values():
-                assert model.model.policy.entry == optimizer.entry_scale
+                assert model.model.ada_loss.policy.entry == optimizer.entry_scale
                 assert_same_bits(values(model), values(target))
             assert optimizer.entry_scale.skipped == 1
             results.append(masters(target))
@@ -336,7 +337,7 @@ class TestCopies:
             if mine.master is not None:
                 np.testing.assert_array_equal(mine.master, theirs.master)
                 assert mine.master is not theirs.master
-        assert other.model.policy.to_json() == target.model.policy.to_json()
+        assert other.model.ada_loss.policy.to_json() == target.model.ada_loss.policy.to_json()
 
     def test_train_on_like_the_original(self, rng):
         with dtype("mixed16"):
@@ -380,11 +381,11 @@ class TestAdoption:
                 self.array = abs(self.array)
 
         target = AdaLossScaled(L.Linear(2, 2))
-        with target.link.init_scope():
-            target.link.gain = Positive(np.float32([0.5, 0.25]))
+        with target.init_scope():
+            target.gain = Positive(np.float32([0.5, 0.25]))
         optimizer = prepared(target, chainer.optimizers.SGD(1.0))
-        optimizer.update(lambda: F.sum(target(np.ones((1, 2), np.float32)) * target.link.gain))
-        assert isinstance(target.link.gain, Positive) and (target.link.gain.array > 0).all()
+        optimizer.update(lambda: F.sum(target(np.ones((1, 2), np.float32)) * target.gain))
+        assert isinstance(target.gain, Positive) and (target.gain.array > 0).all()
 
     def test_of_an_uninitialized_parameter_keeps_it_uninitialized(self):
         lazy = adopt(chainer.Parameter(chainer.initializers.One(np.float16)))

@@ -48,7 +48,7 @@ def step(model, x, factor=1.0):
     """A step without an optimizer; the shifts by site."""
     model.cleargrads()
     (F.sum(model(chainer.Variable(x)) ** 2) * factor).backward()
-    return {decision.site: decision.shift for decision in model.decisions}
+    return {decision.site: decision.shift for decision in model.ada_loss.decisions}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def x(rng):
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "fixed"])
 def test_delayed_shifts_are_those_of_the_step_before(method, x):
     current, delayed = scaled_stack(method), scaled_stack(method, timing="delayed")
-    delayed.link.copyparams(current.link)
+    delayed.copyparams(current)
     factors = [2.0**k for k in (-22, -22, -26)]
     shifts = [step(current, x, factor) for factor in factors]
     late = [step(delayed, x, factor) for factor in factors]
@@ -85,7 +85,7 @@ def test_delayed_gradients_in_float32_are_chainers_bit_for_bit(method, rng):
 def test_delayed_gradients_in_float16_are_as_good_as_current_ones(rng):
     delayed = scaled_stack(timing="delayed")
     wide = Stack()
-    wide.copyparams(delayed.link)
+    wide.copyparams(delayed)
     for _ in range(4):
         x = rng.standard_normal((4, 6)).astype(np.float16)
         step(delayed, x, 2.0**-20)
@@ -121,7 +121,7 @@ def test_a_measurement_that_is_not_finite_changes_no_delayed_shift(x):
 @pytest.mark.parametrize("factors", [(2.0**-12, 2.0**-6), (2.0**-6, 2.0**-12)])
 def test_all_backward_passes_over_a_graph_count_for_the_next_delayed_step(factors, x):
     model, single = (scaled_stack(timing="delayed") for _ in range(2))
-    single.link.copyparams(model.link)
+    single.copyparams(model)
     for each in model, single:
         step(each, x)
         each.cleargrads()
@@ -161,14 +161,14 @@ AFTERWARDS = pytest.mark.parametrize(
 @BETWEEN
 def test_a_step_without_gradients_makes_nothing_be_forgotten(settings, x):
     model, steady = scaled_stack(**settings), scaled_stack(**settings)
-    steady.link.copyparams(model.link)
+    steady.copyparams(model)
     assert last_shifts(model, x, (1.0, 1.0, 0.0, 1.0)) == last_shifts(steady, x, (1.0, 1.0, 1.0, 1.0))
 
 
 @AFTERWARDS
 def test_what_was_zero_when_it_was_measured_is_measured_again(settings, later, x):
     model, steady = scaled_stack(**settings), scaled_stack()
-    steady.link.copyparams(model.link)
+    steady.copyparams(model)
     ones = [1.0] * later
     assert last_shifts(model, x, (0.0, *ones)) == last_shifts(steady, x, (1.0, *ones))
 
@@ -191,10 +191,10 @@ def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
     optimizer.update()
     entry = next(site for site in before if site.path == "(entry)")
     # Only the entry is measured again.
-    del model.policy.decisions[entry]
+    del model.ada_loss.policy.decisions[entry]
     after = step(model, x, 2.0**-6)
     assert after[entry] == before[entry] + 6
-    (last, *_) = (decision for decision in model.decisions if decision.site.path == "/2")
+    (last, *_) = (decision for decision in model.ada_loss.decisions if decision.site.path == "/2")
     assert last.shift == before[last.site] - 6
 
 
@@ -212,7 +212,7 @@ def test_gradients_that_meet_are_not_looked_at_where_nothing_is_to_be_decided(se
         model = AdaLossScaled(Fan(), "approx_range", **settings)
     step(model, x)
     expected = model.true_gradients()
-    model.policy.iteration = 1
+    model.ada_loss.policy.iteration = 1
     for name in ("gradient", "policy", "backward", "parameter_gradients"):
         module = sys.modules[f"ada_loss.chainer.{name}"]
         for look in ("largest_magnitude", "largest_magnitudes", "all_finite"):
@@ -233,14 +233,14 @@ def test_of_gradients_that_meet_only_the_largest_elements_are_looked_for(timing,
         monkeypatch.setattr(module, "begin", lambda a, **flags: summarized.append(a) or begin(a, **flags))
     step(model, x)
     # A gradient at every decision point, and every layer's weights.
-    assert len(summarized) == len(model.decisions) + len(model.link)
+    assert len(summarized) == len(model.ada_loss.decisions) + len(model)
 
 
 def test_delayed_alignment_leaves_room_for_gradients_that_grow(rng):
     with dtype("mixed16"):
         model = AdaLossScaled(Twice(), "auto", timing="delayed")
     wide = Twice()
-    wide.copyparams(model.link)
+    wide.copyparams(model)
     for factor in (1.0, 8.0, 1.0):
         x = rng.standard_normal((4, 6)).astype(np.float16)
         step(model, x, factor)
@@ -255,7 +255,7 @@ def test_weights_are_summarized_once_in_a_step(timing, x, monkeypatch):
     begin, seen = policy.begin, []
     monkeypatch.setattr(policy, "begin", lambda array, **flags: seen.append(array) or begin(array, **flags))
     step(model, x)
-    for layer in model.link:
+    for layer in model:
         assert sum(array is layer.W.array for array in seen) == 1
 
 
@@ -263,12 +263,12 @@ def test_weights_are_summarized_again_after_an_update(x):
     model = scaled_stack()
     optimizer = prepared(model, chainer.optimizers.SGD(0.0))
     step(model, x)
-    before = {decision.site: decision.range.room for decision in model.decisions}
+    before = {decision.site: decision.range.room for decision in model.ada_loss.decisions}
     optimizer.update()
-    for layer in model.link:
+    for layer in model:
         layer.W.array *= 8
     step(model, x)
-    for decision in model.decisions:
+    for decision in model.ada_loss.decisions:
         fewer = 0 if decision.site.path == "(entry)" else 3
         assert decision.range.room == before[decision.site] - fewer
 
@@ -294,7 +294,7 @@ def test_a_resumed_delayed_training_continues_as_the_uninterrupted_one(method, r
     chainer.serializers.load_npz(tmp_path / "optimizer.npz", other)
     advance(target, optimizer, batches[3:])
     advance(resumed, other, batches[3:])
-    assert resumed.model.policy.to_json() == target.model.policy.to_json()
+    assert resumed.model.ada_loss.policy.to_json() == target.model.ada_loss.policy.to_json()
     for (path, mine), (_, theirs) in zip(target.namedparams(), resumed.namedparams(), strict=True):
         np.testing.assert_array_equal(mine.array, theirs.array, err_msg=path)
 
@@ -304,8 +304,8 @@ def test_a_copy_in_the_middle_of_a_step_takes_no_arrays_along(rng):
         model = AdaLossScaled(L.Linear(300, 300), timing="delayed")
     for _ in range(2):
         step(model, rng.standard_normal((4, 300)).astype(np.float16))
-    assert len(pickle.dumps(model.policy)) < 10_000
-    assert copy.deepcopy(model.policy).to_json() == model.policy.to_json()
+    assert len(pickle.dumps(model.ada_loss.policy)) < 10_000
+    assert copy.deepcopy(model.ada_loss.policy).to_json() == model.ada_loss.policy.to_json()
 
 
 class Gaining(chainer.Chain):
@@ -327,7 +327,7 @@ def test_an_overflow_behind_a_place_where_gradients_meet_makes_room_there(x):
     for _ in range(12):
         step(model, x)
         optimizer.update()
-    assert model.policy.entry.skipped <= 6
+    assert model.ada_loss.policy.entry.skipped <= 6
 
 
 class Reusing(chainer.Chain):
@@ -356,10 +356,10 @@ def test_delayed_meetings_have_the_same_numbers_in_every_step(rng):
         weights = rng.standard_normal((8, 16)).astype(np.float32) * rng.uniform(0.7, 1.4)
         model.cleargrads()
         F.sum(model(chainer.Variable(x)) * weights).backward()
-        numbers.add(model.policy.next_call(policy.MEETING))
+        numbers.add(model.ada_loss.policy.next_call(policy.MEETING))
         optimizer.update()
     assert len(numbers) == 1
-    assert model.policy.entry.skipped == 0
+    assert model.ada_loss.policy.entry.skipped == 0
 
 
 @pytest.mark.parametrize("method", ["abs_range", "element_wise_range", "fixed"])
@@ -367,18 +367,18 @@ def test_delayed_meetings_have_the_same_numbers_in_every_step(rng):
 def test_a_resumed_training_with_another_method_measures_anew(method, settings, x):
     before = scaled_stack("auto", **settings)
     step(before, x)
-    before.policy.iteration = 1
+    before.ada_loss.policy.iteration = 1
     after, fresh = (scaled_stack(method, **settings) for _ in range(2))
     for model in (after, fresh):
-        model.link.copyparams(before.link)
-    after.policy.load_json(before.policy.to_json())
+        model.copyparams(before)
+    after.ada_loss.policy.load_json(before.ada_loss.policy.to_json())
     assert step(after, x) == step(fresh, x)
 
 
 def test_scales_of_another_version_are_refused_and_nothing_is_changed(x):
     model = scaled_stack()
     step(model, x)
-    state = model.policy.to_json()
+    state = model.ada_loss.policy.to_json()
     with pytest.raises(ValueError, match="another version of ada_loss"):
-        model.policy.load_json('{"iteration": 3, "entry": {"initial": 0}, "shifts": []}')
-    assert model.policy.to_json() == state
+        model.ada_loss.policy.load_json('{"iteration": 3, "entry": {"initial": 0}, "shifts": []}')
+    assert model.ada_loss.policy.to_json() == state

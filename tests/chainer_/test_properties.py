@@ -195,7 +195,7 @@ def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order,
         return weighted(results + ([model.kept] if hasattr(model, "kept") else []))
 
     scaled = assert_exact(program, drawn(seed), run, decisions=ANY, mixed16=None)
-    assert all(abs(decision.exponent) < 100 for decision in scaled.decisions)
+    assert all(abs(decision.exponent) < 100 for decision in scaled.ada_loss.decisions)
 
 
 class _Any:

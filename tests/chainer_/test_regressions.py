@@ -28,7 +28,7 @@ def test_a_pass_from_outside_keeps_what_is_in_flight():
     x = np.full((1, 1), 2.0**-4, np.float16)
     wrapped.cleargrads()
     (F.sum(wrapped(x)) * np.float32(2.0**-21)).backward()
-    outside = F.cast(F.sum(wrapped.link.W**2), np.float32) * np.float32(0)
+    outside = F.cast(F.sum(wrapped.W**2), np.float32) * np.float32(0)
     (F.sum(other(x)) + outside).backward()
     assert wrapped.true_gradients()["/W"].item() == 2.0**-25
 
@@ -53,7 +53,7 @@ def test_an_overflow_lowers_the_scale_with_which_gradients_entered_another_optim
     for _ in range(12):
         optimizer.update(lambda: F.sum(critic(generator(x))) * np.float32(64))
     assert 0 < optimizer.entry_scale.skipped < 12
-    assert critic.policy.entry.exponent < 15
+    assert critic.ada_loss.policy.entry.exponent < 15
 
 
 def test_a_small_branch_survives_next_to_a_large_one():
@@ -105,7 +105,7 @@ def test_what_is_remembered_of_layers_does_not_grow_without_an_optimizer():
     for _ in range(5):
         parent.cleargrads()
         F.sum(parent(x)).backward()
-    assert len(parent[0].decisions) == 1
+    assert len(parent[0].ada_loss.decisions) == 1
 
 
 def test_sites_that_do_not_come_up_any_more_are_forgotten():
@@ -116,7 +116,7 @@ def test_sites_that_do_not_come_up_any_more_are_forgotten():
         optimizer.update(lambda: F.sum(model(x)))
         for _ in range(calls):
             model(x)
-    assert len(model.decisions) == 1
+    assert len(model.ada_loss.decisions) == 1
 
 
 def test_results_may_come_in_any_dictionary():
@@ -133,8 +133,8 @@ def test_results_may_come_in_any_dictionary():
 
 def test_gradients_too_small_for_their_squares_are_left_as_they_are():
     model = AdaLossScaled(L.Linear(2, 2, initialW=np.eye(2)))
-    model.link.W.array = model.link.W.array.astype(np.float64)
-    model.link.b.array = model.link.b.array.astype(np.float64)
+    model.W.array = model.W.array.astype(np.float64)
+    model.b.array = model.b.array.astype(np.float64)
     x = chainer.Variable(np.ones((1, 2)))
     y = model(x)
     y.grad = np.full((1, 2), 1e-200)
@@ -164,7 +164,7 @@ def test_functions_after_a_layer_that_raised_are_not_taken_for_that_layers(rng):
     model.bad.with_config(AdaLossConfig(loss_scale_method="auto"))
     x = chainer.Variable(rng.standard_normal((4, 2)).astype(np.float32))
     F.sum(model(x)).backward()
-    assert {decision.site.path for decision in model.decisions} == {"/", "/good"}
+    assert {decision.site.path for decision in model.ada_loss.decisions} == {"/", "/good"}
 
 
 def test_links_that_are_not_registered_are_looked_for_once_a_pass(rng, monkeypatch):
@@ -196,21 +196,23 @@ def test_copies_of_a_model_choose_scales_of_their_own(rng, mode, around):
     parent = around(AdaLossScaled(L.Linear(2, 2), "approx_range", init_scale=4))
     other = parent.copy(mode)
     mine, copied = (link if isinstance(link, AdaLossScaled) else link[0] for link in (parent, other))
-    before = mine.policy.to_json()
+    before = mine.ada_loss.policy.to_json()
     x = chainer.Variable(rng.standard_normal((3, 2)).astype(np.float32))
     other.cleargrads()
     F.sum(other(x) * np.float32(1e-9)).backward()
-    copied.policy.end_step(finite=False)
-    assert mine.policy.to_json() == before and not mine.decisions
-    assert copied.decisions and copied.policy.entry.exponent == 1
+    copied.ada_loss.policy.end_step(finite=False)
+    assert mine.ada_loss.policy.to_json() == before and not mine.ada_loss.decisions
+    assert copied.ada_loss.decisions and copied.ada_loss.policy.entry.exponent == 1
 
 
 @pytest.mark.parametrize("mode", ["share", "copy", "init"])
 def test_copies_go_on_from_the_scales_of_the_original_unless_they_start_anew(mode):
     model = AdaLossScaled(L.Linear(2, 2))
-    start = model.policy.to_json()
-    model.policy.end_step(finite=False)
-    assert model.copy(mode).policy.to_json() == (start if mode == "init" else model.policy.to_json())
+    start = model.ada_loss.policy.to_json()
+    model.ada_loss.policy.end_step(finite=False)
+    assert model.copy(mode).ada_loss.policy.to_json() == (
+        start if mode == "init" else model.ada_loss.policy.to_json()
+    )
 
 
 class Clearing(chainer.FunctionHook):
@@ -249,7 +251,7 @@ def test_clearing_gradients_while_backward_runs_ends_no_step(rng):
     with Clearing(model, "Tanh") as hook:
         optimizer.update(lambda: F.sum(model(chainer.Variable(x))))
     assert hook.label == "cleared"
-    assert [decision.site for decision in model.decisions] == [Site("/1", 0), Site("/0", 0)]
+    assert [decision.site for decision in model.ada_loss.decisions] == [Site("/1", 0), Site("/0", 0)]
 
 
 def test_an_entry_of_a_file_that_is_damaged_is_not_taken_for_missing(tmp_path):
@@ -286,7 +288,7 @@ def test_gradients_of_a_weight_that_is_used_at_every_step_of_time_do_not_overflo
         model.layer.reset_state()
         return sum(F.sum(F.cast(y, np.float32) ** 2) for y in model(rng.standard_normal((20, 3, 4))))
 
-    model.link.forward = lambda xs: [model.layer(x.astype(np.float16)) for x in xs]
+    model.forward = lambda xs: [model.layer(x.astype(np.float16)) for x in xs]
     for _ in range(8):
         optimizer.update(loss)
     assert optimizer.entry_scale.skipped == 0
@@ -313,7 +315,7 @@ def test_a_graph_that_changes_between_steps_costs_at_most_steps(rng, timing):
     with dtype("mixed16"):
         model = AdaLossScaled(Alternating(), timing=timing)
     wide = Alternating()
-    wide.copyparams(model.link)
+    wide.copyparams(model)
     optimizer = prepare(chainer.optimizers.SGD(0.0).setup(model))
     steps = 10
     for _ in range(steps):

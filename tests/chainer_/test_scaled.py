@@ -63,7 +63,7 @@ def step(model, x):
 class TestSettings:
     def test_are_those_of_the_configuration(self):
         model = AdaLossScaled(Net(), "fixed", init_scale=128, update_per_n_iteration=10)
-        assert model.config == AdaLossConfig(
+        assert model.ada_loss.config == AdaLossConfig(
             loss_scale_method="fixed", init_scale=128, update_per_n_iteration=10
         )
 
@@ -89,27 +89,26 @@ class TestSettings:
 
 class TestAttributes:
     def test_and_methods_of_the_link_are_reachable(self, rng):
-        model = scaled_net()
+        net = Net()
+        plain, x = copy.deepcopy(net), draw(rng)
+        model = AdaLossScaled(net)
         assert model.width == 5
-        assert model.a is model.link.a
-        np.testing.assert_array_equal(
-            model.predict(draw(rng)), model.link.predict(draw(np.random.default_rng(61)))
-        )
+        assert model.a is net.a
+        np.testing.assert_array_equal(model.predict(x), plain.predict(x))
 
     def test_of_the_link_can_be_set(self):
         model = scaled_net()
         model.threshold = 0.9
-        assert model.link.threshold == 0.9
         model.note = "mine"
-        assert not hasattr(model.link, "note")
+        assert (model.threshold, model.note) == (0.9, "mine")
 
     def test_that_nobody_has_are_an_error(self):
         with pytest.raises(AttributeError, match="nothing_like_this"):
             scaled_net().nothing_like_this  # noqa: B018
 
     def test_of_an_uninitialized_wrapper_are_an_error(self):
-        with pytest.raises(AttributeError, match="predict"):
-            AdaLossScaled.__new__(AdaLossScaled).predict  # noqa: B018
+        with pytest.raises(AttributeError, match="ada_loss"):
+            type(scaled_net()).__new__(type(scaled_net())).ada_loss  # noqa: B018
 
 
 class TestParameters:
@@ -147,7 +146,9 @@ class TestCalls:
         for _ in range(2):
             model.cleargrads()
             (weighted_sum(model(x)) + weighted_sum(model(F.sin(x)))).backward()
-            calls = [decision.site.call for decision in model.decisions if decision.site.path == "/b"]
+            calls = [
+                decision.site.call for decision in model.ada_loss.decisions if decision.site.path == "/b"
+            ]
             assert sorted(calls) == [0, 1]
 
 
@@ -156,9 +157,9 @@ class TestPrinting:
         model = scaled_net()
         assert "(a): AdaLossLinear(in_size=4, out_size=5, nobias=False)" in str(model)
         assert "used" not in str(model)
-        assert model.branches == ()
+        assert model.ada_loss.fan_outs == ()
         model(draw(rng))
-        (branch,) = model.branches
+        (branch,) = model.ada_loss.fan_outs
         assert (branch.path, branch.function, branch.layer, branch.uses) == ("/", "ReLU", "/a", 2)
         assert "\n    / ReLU after /a, used 2 times\n" in str(model)
         assert str(model).count("(") == str(model).count(")")
@@ -166,19 +167,19 @@ class TestPrinting:
     def test_shows_inputs_that_fan_out(self, rng):
         model = AdaLossScaled(chainer.Sequential(lambda x: x + F.relu(x) * x))
         model(chainer.Variable(draw(rng)))
-        assert str(model.branches[0]) == "(input), used 3 times"
+        assert str(model.ada_loss.fan_outs[0]) == "(input), used 3 times"
 
     def test_shared_parameters_are_no_fan_outs(self, rng):
         layer = L.Linear(4, 4)
         model = AdaLossScaled(chainer.Sequential(layer, F.relu, layer))
         model(draw(rng))
-        assert model.branches == ()
+        assert model.ada_loss.fan_outs == ()
 
     def test_calls_without_backprop_show_nothing(self, rng):
         model = scaled_net()
         with chainer.no_backprop_mode():
             model(draw(rng))
-        assert model.branches == ()
+        assert model.ada_loss.fan_outs == ()
 
 
 class TestFiles:
@@ -193,7 +194,7 @@ class TestFiles:
         net(draw(rng))
         serializers.load_npz(self.saved(net), model)
         serializers.load_npz(self.saved(model), again)
-        for holder in (model.link, again):
+        for holder in (model, again):
             for (path, one), (_, other) in zip(holder.namedparams(), net.namedparams(), strict=True):
                 np.testing.assert_array_equal(one.array, other.array, err_msg=path)
             np.testing.assert_array_equal(holder.norm.avg_mean, net.norm.avg_mean)
@@ -206,15 +207,15 @@ class TestFiles:
     def test_of_the_plain_link_mean_a_fresh_state(self, rng):
         model, fresh = scaled_net(update_per_n_iteration=3), scaled_net(update_per_n_iteration=3)
         step(model, draw(rng))
-        model.policy.end_step(finite=False)
+        model.ada_loss.policy.end_step(finite=False)
         serializers.load_npz(self.saved(Net()), model)
-        assert model.policy.to_json() == fresh.policy.to_json()
+        assert model.ada_loss.policy.to_json() == fresh.ada_loss.policy.to_json()
 
     def test_initialize_lazy_parameters(self, rng):
         lazy = AdaLossScaled(chainer.Sequential(L.Linear(None, 3)))
         other = chainer.Sequential(L.Linear(4, 3))
         serializers.load_npz(self.saved(other), lazy)
-        np.testing.assert_array_equal(lazy.link[0].W.array, other[0].W.array)
+        np.testing.assert_array_equal(lazy[0].W.array, other[0].W.array)
 
 
 class TestCopies:
@@ -231,24 +232,25 @@ class TestCopies:
         found = step(model, x)
         twin = self.COPIES[how](model)
         assert_same_bits(step(twin, x), found)
-        assert twin.link is not model.link
-        assert {decision.site.path for decision in twin.decisions} == {"/b"}
-        assert str(twin.config) == str(model.config)
+        assert twin is not model
+        assert type(twin) is type(model)
+        assert {decision.site.path for decision in twin.ada_loss.decisions} == {"/b"}
+        assert str(twin.ada_loss.config) == str(model.ada_loss.config)
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "link copy"])
     def test_share_no_parameter(self, how, rng):
         model = scaled_net()
         model.cleargrads()
         twin = self.COPIES[how](model)
-        twin.link.a.W.array[...] = 0
-        assert model.link.a.W.array.any()
+        twin.a.W.array[...] = 0
+        assert model.a.W.array.any()
         step(twin, draw(rng))
-        assert model.link.a.W.grad is None
+        assert model.a.W.grad is None
 
     def test_may_be_initialized_anew(self):
         model = scaled_net()
         twin = model.copy("init")
-        assert not np.array_equal(twin.link.a.W.array, model.link.a.W.array)
+        assert not np.array_equal(twin.a.W.array, model.a.W.array)
         assert [path for path, _ in twin.namedparams()] == [path for path, _ in model.namedparams()]
 
     def test_take_over_parameters_and_gradients(self, rng):
@@ -265,8 +267,8 @@ def test_a_layer_alone_can_be_wrapped(rng):
     model = AdaLossScaled(L.Linear(4, 3), "auto", init_scale=2.0**-7)
     x = chainer.Variable(draw(rng))
     weighted_sum(model(x)).backward()
-    assert [decision.site.path for decision in model.decisions] == ["/"]
-    assert model.report.converted == {"/": "AdaLossLinear"}
+    assert [decision.site.path for decision in model.ada_loss.decisions] == ["/"]
+    assert model.ada_loss.report.converted == {"/": "AdaLossLinear"}
 
 
 def test_sending_to_a_device_keeps_everything_working(rng):

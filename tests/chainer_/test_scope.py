@@ -44,8 +44,7 @@ class TestArguments:
 
     def test_may_be_parameters(self, rng):
         def run(model, x):
-            link = model.link if isinstance(model, AdaLossScaled) else model
-            return weighted_sum(model(link.b.W)) + weighted_sum(model(x))
+            return weighted_sum(model(model.b.W)) + weighted_sum(model(x))
 
         assert_exact(Two(lambda m, x: m.a(F.sin(x))), [draw(rng)], run)
 
@@ -83,7 +82,7 @@ class TestResults:
             np.testing.assert_array_equal(one.array, other.array)
         scaled.cleargrads()
         weighted_sum(select(ours)).backward()
-        assert scaled.link.b.W.grad is not None
+        assert scaled.b.W.grad is not None
 
     def test_are_the_very_objects_where_nothing_is_cast(self, rng):
         held = {}
@@ -160,7 +159,7 @@ class TestSeveralScopes:
         found = gradients(scaled, run, [x])
         for path in expected[1]:
             np.testing.assert_array_equal(found[1][path], expected[1][path])
-        assert scaled.one.decisions and scaled.other.decisions
+        assert scaled.one.ada_loss.decisions and scaled.other.ada_loss.decisions
 
     def test_one_inside_another_is_just_its_link(self, rng):
         class Outer(chainer.Chain):
@@ -182,9 +181,9 @@ class TestSeveralScopes:
                 y = scaled(chainer.Variable(draw(rng).astype(np.float16)))
         scaled.cleargrads()
         weighted_sum(y).backward()
-        paths = {decision.site.path for decision in scaled.decisions}
-        assert paths == {"/head", "/inner/link/a", "/inner/link/b", "(entry)"}
-        assert not scaled.link.inner.decisions
+        paths = {decision.site.path for decision in scaled.ada_loss.decisions}
+        assert paths == {"/head", "/inner/a", "/inner/b", "(entry)"}
+        assert not scaled.inner.ada_loss.decisions
 
     def test_a_gradient_goes_from_one_to_the_other_in_flight(self, rng):
         with dtype("mixed16"):

@@ -71,7 +71,10 @@ def everything(optimizer, target):
         if optimizer._loss_scaling_is_dynamic
         else []
     )
-    state = {"policy": np.array(target.model.policy.to_json()), "t": np.array([optimizer.t, optimizer.epoch])}
+    state = {
+        "policy": np.array(target.model.ada_loss.policy.to_json()),
+        "t": np.array([optimizer.t, optimizer.epoch]),
+    }
     return {
         **rounded,
         **masters(target),
@@ -200,7 +203,7 @@ DECISIONS = st.builds(
 )
 ENTRY = {field.name: EXPONENTS for field in fields(EntryScale) if field.name not in ("initial", "interval")}
 
-NOT_SAVED = {"config", "layers", "branches", "_begun", "_begun_peaks", "_weights", "_calls", "_met"}
+NOT_SAVED = {"config", "layers", "fan_outs", "_begun", "_begun_peaks", "_weights", "_calls", "_met"}
 """What of a policy comes from the script that resumes, is found anew, or belongs to an unfinished step."""
 
 
@@ -215,13 +218,13 @@ class TestEveryField:
     )
     def test_of_a_policy_comes_back(self, method, init_scale, iteration, entry, decisions):
         model, other = (AdaLossScaled(Net(), method, init_scale=init_scale) for _ in range(2))
-        policy = model.policy
+        policy = model.ada_loss.policy
         policy.iteration, policy.entry = iteration, replace(policy.entry, **entry)
         policy.decisions = {decision.site: decision for decision in decisions}
         restore(in_memory(model), other)
-        assert vars(other.policy).keys() == vars(policy).keys() >= NOT_SAVED
+        assert vars(other.ada_loss.policy).keys() == vars(policy).keys() >= NOT_SAVED
         for name in vars(policy).keys() - NOT_SAVED:
-            assert getattr(other.policy, name) == getattr(policy, name), name
+            assert getattr(other.ada_loss.policy, name) == getattr(policy, name), name
 
     @settings(max_examples=20, deadline=None)
     @given(
@@ -272,7 +275,7 @@ class TestFiles:
             plain = Net()
             serializers.save_npz(tmp_path / "plain.npz", plain)
             serializers.load_npz(tmp_path / "plain.npz", target.model)
-        assert target.model.policy.to_json() == fresh.model.policy.to_json()
+        assert target.model.ada_loss.policy.to_json() == fresh.model.ada_loss.policy.to_json()
         np.testing.assert_array_equal(target.model.first.W.array, plain.first.W.array)
 
     def test_of_the_wrapped_model_load_into_the_plain_one(self, rng, tmp_path):
@@ -332,7 +335,7 @@ class TestFiles:
             serializers.save_npz(tmp_path / "plain.npz", Net())
             serializers.load_npz(tmp_path / "plain.npz", target.model, strict=False)
             serializers.load_npz(tmp_path / "plain.npz", optimizer, strict=False)
-        assert target.model.policy.iteration == 0 and target.model.first.W.master is None
+        assert target.model.ada_loss.policy.iteration == 0 and target.model.first.W.master is None
 
     def test_in_hdf5_hold_the_same(self, rng, tmp_path):
         pytest.importorskip("h5py", reason="h5py is not installed")
@@ -347,4 +350,4 @@ class TestFiles:
             assert_same_bits(everything(loaded, other), everything(optimizer, target))
             serializers.save_hdf5(tmp_path / "plain.h5", Net())
             serializers.load_hdf5(tmp_path / "plain.h5", other.model)
-        assert other.model.policy.iteration == 0
+        assert other.model.ada_loss.policy.iteration == 0

@@ -40,7 +40,7 @@ class TestErrors:
         link = Two(lambda m, x: F.linear(m.c(m.b(m.a(x))), m.a.W))
         link.add_link("c", Fragile())
         scaled = assert_exact(link, [draw(rng)], decisions=3)
-        assert [decision.site.path for decision in scaled.decisions] == ["/", "/b", "/a"]
+        assert [decision.site.path for decision in scaled.ada_loss.decisions] == ["/", "/b", "/a"]
 
     def test_an_error_in_backward_leaves_the_engine_usable(self, rng):
         class Broken(chainer.FunctionNode):
@@ -69,8 +69,8 @@ class TestThreads:
                 for model in (scaled, link):
                     model.cleargrads()
                     weighted_sum(model(x)).backward()
-                np.testing.assert_array_equal(scaled.link.a.W.grad, link.a.W.grad)
-                assert {decision.site.call for decision in scaled.decisions} == {0}
+                np.testing.assert_array_equal(scaled.a.W.grad, link.a.W.grad)
+                assert {decision.site.call for decision in scaled.ada_loss.decisions} == {0}
             except Exception as error:
                 errors.append(error)
                 barrier.abort()
@@ -128,4 +128,4 @@ class TestPaths:
         hidden = [L.Linear(4, 4)]
         scaled = wrapped_copy(Two(lambda m, x: hidden[0](m.a(x))))
         weighted_sum(scaled(draw(rng))).backward()
-        assert [decision.site.path for decision in scaled.decisions] == ["/"]
+        assert [decision.site.path for decision in scaled.ada_loss.decisions] == ["/"]

@@ -95,7 +95,7 @@ def test_every_layer_of_a_container_becomes_a_variant(name):
 @pytest.mark.parametrize("name", ["chain list", "sequential", "pickable", "one layer twice", "own parameter"])
 def test_a_container_has_plain_chainers_gradients(name, rng):
     scaled = assert_exact(CONTAINERS[name][0](), [draw(rng)])
-    paths = {decision.site.path for decision in scaled.decisions}
+    paths = {decision.site.path for decision in scaled.ada_loss.decisions}
     assert paths == {*CONTAINERS[name][1]} | ({"/"} if name == "own parameter" else set())
 
 
@@ -126,7 +126,7 @@ def test_links_and_parameters_stay_the_same_objects(rng):
     link = Picking()
     children, parameters = [*link.namedlinks()], [*link.namedparams()]
     scaled = AdaLossScaled(link)
-    assert scaled.link is link
+    assert scaled is link
     for (path, before), (same_path, after) in zip(children, link.namedlinks(), strict=True):
         assert (path, before) == (same_path, after)
     for (path, before), (same_path, after) in zip(parameters, scaled.namedparams(), strict=True):
@@ -192,29 +192,29 @@ class TestFilter:
 
     def test_what_it_refuses_is_not_scaled(self, rng):
         scaled = assert_exact(Picking(), [draw(rng)], filter=lambda path, link: "third" not in path)
-        shifts = {decision.site.path: decision.shift for decision in scaled.decisions}
+        shifts = {decision.site.path: decision.shift for decision in scaled.ada_loss.decisions}
         assert shifts["/third/0"] == shifts["/third/1/0"] == 0
         assert shifts["/second"] != 0
-        assert type(scaled.link.third[0]) is L.Linear
+        assert type(scaled.third[0]) is L.Linear
 
     def test_products_of_a_refused_container_are_not_scaled(self, rng):
         scaled = assert_exact(Own(), [draw(rng)], filter=lambda path, link: path != "/")
-        shifts = {decision.site.path: decision.shift for decision in scaled.decisions}
+        shifts = {decision.site.path: decision.shift for decision in scaled.ada_loss.decisions}
         assert shifts["/"] == 0 != shifts["/layer"]
 
     def test_it_does_not_outlast_the_wrapping(self, rng):
         link = Listed()
         AdaLossScaled(link, filter=lambda path, link: False)
-        scaled = AdaLossScaled(link, "auto", init_scale=2.0**-7)
+        scaled = AdaLossScaled(chainer.Sequential(link), "auto", init_scale=2.0**-7)
         weighted_sum(scaled(draw(rng))).backward()
-        assert any(decision.shift for decision in scaled.decisions)
+        assert any(decision.shift for decision in scaled.ada_loss.decisions)
 
 
 def test_the_report_says_what_was_converted_and_what_was_left_and_why():
     link = chainer.Chain(
         conv=L.Convolution2D(3, 4, 3), norm=L.BatchNormalization(4), out=L.Linear(4), words=L.EmbedID(3, 4)
     )
-    report = AdaLossScaled(link, filter=lambda path, child: path != "/out").report
+    report = AdaLossScaled(link, filter=lambda path, child: path != "/out").ada_loss.report
     assert report.converted == {"/conv": "AdaLossConvolution2D"}
     assert report.left.keys() == {"/norm", "/out", "/words"}
     assert report.left["/out"] == "refused by the filter"

@@ -75,7 +75,9 @@ class TestWhatALinkKeeps:
             return sum(weighted_sum(model(x)) for x in xs)
 
         scaled = assert_exact(Recurrent(layer), [draw(rng) for _ in range(4)], run)
-        calls = {decision.site.call for decision in scaled.decisions if decision.site.path == "/outside"}
+        calls = {
+            decision.site.call for decision in scaled.ada_loss.decisions if decision.site.path == "/outside"
+        }
         assert calls == {0, 1, 2, 3}
 
     def test_state_that_is_set_from_outside(self, rng):
@@ -149,7 +151,7 @@ class TestMemory:
     def test_the_model_goes_although_its_state_holds_a_graph(self, rng, no_gc):
         scaled = wrapped_copy(Recurrent())
         scaled(draw(rng))
-        graph, model = self.graph_of(scaled.layer.h), weakref.ref(scaled.link)
+        graph, model = self.graph_of(scaled.layer.h), weakref.ref(scaled)
         del scaled
         assert model() is None
         assert graph() is None

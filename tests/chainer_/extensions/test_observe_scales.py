@@ -51,7 +51,7 @@ def test_the_log_tells_every_layers_shift_and_share_of_zeros(tmp_path):
     with dtype("mixed16"):
         target = training()
         log = logged(tmp_path, target, targets(), layers=True)
-    for decision in target.model.decisions:
+    for decision in target.model.ada_loss.decisions:
         path, call, _ = decision.site
         name = f"/{path.strip('/')}" + (f":{call}" if call else "")
         assert log[-1][f"ada_loss/shift{name}"] == decision.shift

@@ -1,0 +1,56 @@
+"""`model.ada_loss`: everything that this package keeps on a scaled model."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import chainer
+import numpy as np
+
+from ada_loss.chainer.fan_outs import FanOut
+from ada_loss.chainer.policy import Decision, ShiftPolicy
+from ada_loss.chainer.scope import Scope
+from ada_loss.chainer.tagging import LinkPaths
+from ada_loss.chainer.transforms import Report
+from ada_loss.core.config import AdaLossConfig
+
+
+class Scaling:
+    """The settings, shifts and report of a model that `AdaLossScaled` has scaled.
+
+    policy: the shifts and the entry scale. report: what the transform converted and what it left, and why.
+    output_dtype: what float16 results of the model's call are cast to; None leaves them.
+    """
+
+    def __init__(self, policy: ShiftPolicy, report: Report, output_dtype: np.dtype[Any] | None) -> None:
+        self.policy = policy
+        self.report = report
+        self.output_dtype = output_dtype
+        self._paths = LinkPaths()
+
+    @property
+    def config(self) -> AdaLossConfig:
+        """The settings."""
+        return self.policy.config
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """The latest decision of every decision point, in the order in which backward first met them."""
+        return list(self.policy.decisions.values())
+
+    @property
+    def fan_outs(self) -> tuple[FanOut, ...]:
+        """Where the graph of the first forward pass fans out, so that gradients meet; () before it."""
+        return self.policy.fan_outs or ()
+
+    def scope(self, model: chainer.Link) -> Scope:
+        """A scope for one call of the model."""
+        return Scope(self.policy, self._paths, weakref.ref(model), self.output_dtype)
+
+    def copied(self, *, fresh: bool) -> Scaling:
+        """The same settings for a copy of the model; with the same scales, or fresh ones."""
+        policy = ShiftPolicy(self.config, self.policy.layers)
+        if not fresh:
+            policy.load_json(self.policy.to_json())
+        return Scaling(policy, self.report, self.output_dtype)
