@@ -318,7 +318,8 @@ def _build_ssd() -> chainer.Link:
 
 
 def _ssd_batch(rng: np.random.Generator) -> Batch:
-    from data_digits import DigitsSettings, draw_image, load_sources
+    from data_digits import DigitsSettings, draw_image
+    from digit_images import load_sources
     from models import SmallSSD
 
     sources, settings = load_sources(), DigitsSettings()

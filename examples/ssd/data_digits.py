@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from digit_images import Sources, enlarge, load_sources, split_digits, tint
 from errors import InputError
 
 DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -56,14 +57,6 @@ class DigitsSettings:
     smallest: int = 24
     largest: int = 56
     version: int = 1
-
-
-class Sources(NamedTuple):
-    """scikit-learn's material: scans (N, 8, 8) of 0 to 1, labels (N,), photographs as uint8 (H, W, 3)."""
-
-    scans: np.ndarray
-    labels: np.ndarray
-    photographs: list[np.ndarray]
 
 
 class Placed(NamedTuple):
@@ -109,24 +102,6 @@ def make_digits(folder: Path, settings: DigitsSettings) -> None:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def load_sources() -> Sources:
-    try:
-        from sklearn.datasets import load_digits, load_sample_images
-    except ImportError:
-        raise InputError(
-            "The digits set is made from scikit-learn's digits: pip install scikit-learn."
-        ) from None
-    digits = load_digits()
-    return Sources(digits.images / 16.0, digits.target, load_sample_images().images)
-
-
-def split_digits(n_digits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the digits that training images (four fifths) and test images (the rest) are made of."""
-    order = np.random.default_rng([seed, 0]).permutation(n_digits)
-    n_train = n_digits * 4 // 5
-    return order[:n_train], order[n_train:]
-
-
 def draw_image(
     sources: Sources, pool: np.ndarray, settings: DigitsSettings, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[Placed]]:
@@ -143,12 +118,12 @@ def draw_image(
         digit = rng.choice(pool)
         size = int(rng.integers(settings.smallest, settings.largest + 1))
         y, x = (int(v) for v in rng.integers(side - size, size=2))
-        ink = _enlarge(sources.scans[digit], size)
+        ink = enlarge(sources.scans[digit], size)
         box = _ink_box(ink, y, x)
         if any(_overlap(box, other.box) for other in placed):
             continue
         region = canvas[y : y + size, x : x + size]
-        region += ink[..., None] * (_tint(region, rng) - region)
+        region += ink[..., None] * (tint(region, rng) - region)
         placed.append(Placed(int(sources.labels[digit]), box))
     return canvas.round().clip(0, 255).astype(np.uint8), placed
 
@@ -191,12 +166,6 @@ def _add(node: ElementTree.Element, **fields: object) -> None:
         ElementTree.SubElement(node, tag).text = str(value)
 
 
-def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:
-    """A scan of 0 to 1 as (size, size), smoothly interpolated."""
-    image = Image.fromarray(scan.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(image), 0, 1)
-
-
 def _ink_box(ink: np.ndarray, y: int, x: int) -> tuple[int, int, int, int]:
     rows, columns = (np.flatnonzero((ink > INK_AT_EDGE).any(axis=axis)) for axis in (1, 0))
     return int(y + rows[0]), int(x + columns[0]), int(y + rows[-1] + 1), int(x + columns[-1] + 1)
@@ -204,12 +173,6 @@ def _ink_box(ink: np.ndarray, y: int, x: int) -> tuple[int, int, int, int]:
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _tint(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour of any hue that stands out from the region: light on dark, dark on light."""
-    colour = rng.uniform(0, 80, size=3)
-    return colour if region.mean() > 128 else 255 - colour
 
 
 def _check_complete(folder: Path) -> None:

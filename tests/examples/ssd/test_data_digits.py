@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import data_digits
-from data_digits import DIGIT_CLASSES, DigitsSettings, draw_image, find_digits, load_sources, split_digits
+from data_digits import DIGIT_CLASSES, DigitsSettings, draw_image, find_digits
 from data_voc import open_parts
+from digit_images import load_sources, split_digits
 from errors import InputError
 
 TINY = DigitsSettings(train_images=5, test_images=3)

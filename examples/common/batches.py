@@ -12,15 +12,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 from chainer.dataset import Iterator
 
-from encoding import Sample, TrainingSamples
+Sample = tuple[Any, ...]
 
 BATCHES_AHEAD = 3
+
+
+class Samples(Protocol):
+    """Prepares samples; a pure function of (epoch, index), so any process may do it at any time."""
+
+    def sample(self, epoch: int, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class BatchIterator(Iterator):
         loaders: number of processes that prepare batches ahead; 0 to prepare them when they are asked for.
     """
 
-    def __init__(self, samples: TrainingSamples, schedule: Schedule, loaders: int = 0) -> None:
+    def __init__(self, samples: Samples, schedule: Schedule, loaders: int = 0) -> None:
         self._schedule = schedule
         self._source = LoaderProcesses(samples, loaders) if loaders else InThisProcess(samples)
         self._pending: deque[list[Callable[[], Sample]]] = deque()
@@ -116,7 +122,7 @@ class InThisProcess:
 
     batches_ahead = 0
 
-    def __init__(self, samples: TrainingSamples) -> None:
+    def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
     def request(self, epoch: int, index: int) -> Callable[[], Sample]:
@@ -131,7 +137,7 @@ class LoaderProcesses:
 
     batches_ahead = BATCHES_AHEAD
 
-    def __init__(self, samples: TrainingSamples, n_processes: int) -> None:
+    def __init__(self, samples: Samples, n_processes: int) -> None:
         # Neither MPI nor CUDA survives a fork.
         self._pool = concurrent.futures.ProcessPoolExecutor(
             n_processes, multiprocessing.get_context("spawn"), _start_loader, (samples,)
@@ -144,10 +150,10 @@ class LoaderProcesses:
         self._pool.shutdown(cancel_futures=True)
 
 
-_samples_of_this_loader: TrainingSamples
+_samples_of_this_loader: Samples
 
 
-def _start_loader(samples: TrainingSamples) -> None:
+def _start_loader(samples: Samples) -> None:
     global _samples_of_this_loader
     _samples_of_this_loader = samples
     cv2.setNumThreads(0)
