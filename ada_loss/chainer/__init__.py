@@ -6,6 +6,7 @@ from ada_loss.chainer import backward, extensions, functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.scaled import AdaLossScaled
+from ada_loss.chainer.user_functions import linear_backward
 
 __all__ = [
     "AdaLossBranch",
@@ -17,6 +18,7 @@ __all__ = [
     "extensions",
     "functions",
     "kernels",
+    "linear_backward",
     "links",
     "prepare",
 ]

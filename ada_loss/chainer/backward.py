@@ -34,10 +34,12 @@ from chainer.variable import VariableNode, _check_grad_type
 
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
+from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
-from ada_loss.chainer.parameters import adopt
+from ada_loss.chainer.parameters import ScaledParameter, adopt
 from ada_loss.chainer.products import backward_arrays, enters_float16, input_gradient, products_of
 from ada_loss.chainer.tagging import Tag, tag_of
+from ada_loss.chainer.user_functions import is_users, users_gradients
 
 Inputs = list[tuple[VariableNode, InFlight]]
 
@@ -73,13 +75,13 @@ class BackwardPass:
             variable, gradient = leaf.get_variable_or_none(), self.pop(leaf)
             if variable is None or gradient is None:
                 continue
-            if isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
+            if isinstance(variable, ScaledParameter):
+                variable.receive(gradient, backward_state.loss_scale(), scoped=scoped)
+            elif isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
                 # Without a scope in this pass, what the gradient was added to was in flight.
                 adopt(variable).receive(gradient, backward_state.loss_scale(), scoped=scoped)
             else:
-                # Passes inside this one, which F.forget starts, may have reached the leaf as well.
-                total = add([gradient, *_take_present(leaf)])
-                variable._set_grad_var_without_check(chainer.Variable(_true(total)))
+                _give(variable, gradient)
 
     def _visit(self, function: Any) -> None:
         outputs = [reference() for reference in function.outputs]
@@ -88,12 +90,14 @@ class BackwardPass:
         if not targets:
             return
         tag = tag_of(function)
-        found = _with_hooks(function, targets, gys, tag)
-        if self._retain_grad:
-            for y, gy in zip(outputs, gys, strict=True):
-                if y is not None:
-                    y._set_grad_var_if_available(None if gy is None else chainer.Variable(_true(gy)))
+        arrays, exponent = _aligned(gys if tag else [gy and _at_exponent_around(gy) for gy in gys], tag)
         del gys
+        with hooked(function, arrays, exponent) as (arrays, exponent):
+            found = _gradients(function, targets, arrays, exponent, tag)
+        if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
+            raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
+        if self._retain_grad:
+            self._retain(outputs, arrays, exponent)
         for node, gx in found:
             _check_grad_type(function, node, True, gx.array)
             self._arrive(node, gx, tag)
@@ -101,6 +105,12 @@ class BackwardPass:
             if not function.lazy_grad_sum and len(self._gradients[node]) > 1:
                 self._gradients[node] = [_total(node, self._gradients[node], tag)]
             self._enqueue(node.creator_node)
+
+    def _retain(self, outputs: list[Any], gys: tuple[Any, ...], exponent: int) -> None:
+        for y, gy in zip(outputs, gys, strict=True):
+            if y is not None:
+                gradient = None if gy is None else _at_exponent_around(InFlight(gy, exponent))
+                y._set_grad_var_if_available(gradient and chainer.Variable(gradient.array))
 
     def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
         creator = node.creator_node
@@ -136,28 +146,19 @@ def _take_present(leaf: VariableNode) -> list[InFlight]:
         return [] if present is None else [present]
     if variable is None or variable.grad_var is None:
         return []
+    exponent = backward_state.exponent() if backward_state.changes().gave(variable) else 0
     array, variable.grad_var = variable.grad_var.array, None
-    return [InFlight(array)]
+    return [InFlight(array, exponent)]
 
 
-def _with_hooks(
-    function: Any, targets: tuple[int, ...], gys: list[InFlight | None], tag: Tag | None
-) -> Inputs:
-    """One function's backward, on the function's device and with the user's function hooks around it."""
-    arrays, exponent = _aligned(gys if tag else [gy and InFlight(_true(gy)) for gy in gys], tag)
-    in_data = tuple(x.data for x in function.inputs)
-    hooks = dict(chainer.get_function_hooks())
-    if function._n_local_function_hooks:
-        hooks.update(function.local_function_hooks)
-    with chainer.using_device(chainer.backend.get_device_from_array(*in_data, *arrays)):
-        for hook in hooks.values():
-            hook.backward_preprocess(function, in_data, arrays)
-        found = _gradients(function, targets, arrays, exponent, tag)
-        for hook in hooks.values():
-            hook.backward_postprocess(function, in_data, arrays)
-    if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
-        raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
-    return found
+def _give(leaf: chainer.Variable, gradient: InFlight) -> None:
+    """Set the gradient of a leaf that is no parameter, as the code that started this pass sees gradients."""
+    before = leaf.grad
+    # Passes inside this one may have reached the leaf as well.
+    total = add([gradient, *_take_present(leaf.node)])
+    array = _at_exponent_around(total).array
+    leaf._set_grad_var_without_check(chainer.Variable(array))
+    backward_state.changes().give(leaf, before, array)
 
 
 def _meeting(tag: Tag | None) -> Meeting:
@@ -184,6 +185,13 @@ def _gradients(
         return _forgotten(function, targets, gys, exponent, tag)
     if tag is not None:
         gys, exponent = _agreed_over_processes(function, gys, exponent)
+    if is_users(function):
+        scales_sums = tag is not None and tag.scope.scales_sums(tag.point)
+        headroom = _meeting(tag).headroom
+        gxs, exponent = users_gradients(
+            function, targets, gys, exponent, headroom=headroom, retreats=scales_sums
+        )
+        return _with_nodes(function, targets, gxs, exponent)
     found: dict[int, tuple[Any, int]] = {}
     if tag is not None and tag.point is not None and gys[0] is not None:
         found = _decided(function, targets, gys[0], exponent, tag)
@@ -195,6 +203,11 @@ def _gradients(
     found.update((index, (gx, exponent)) for index, gx in zip(plain, gxs, strict=True))
     present = [index for index in targets if found[index][0] is not None]
     return [(function.inputs[index], InFlight(*found[index])) for index in present]
+
+
+def _with_nodes(function: Any, targets: tuple[int, ...], gxs: tuple[Any, ...], exponent: int) -> Inputs:
+    pairs = zip(targets, gxs, strict=True)
+    return [(function.inputs[index], InFlight(gx, exponent)) for index, gx in pairs if gx is not None]
 
 
 def _decided(
@@ -247,6 +260,7 @@ def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -
     communicator = _communicator(function)
     if communicator is None or gys[0] is None:
         return gys, exponent
+    backward_state.note_communication()
     # MPI is needed only here.
     from ada_loss.chainer.mn import at_agreed_exponent
 
@@ -259,8 +273,10 @@ def _communicator(function: Any) -> Any:
     return getattr(getattr(function, "_impl_selector", None), "comm", None)
 
 
-def _true(gradient: InFlight) -> Any:
-    return shifted(gradient.array, -gradient.exponent)
+def _at_exponent_around(gradient: InFlight) -> InFlight:
+    """A gradient as the code that started this pass sees gradients: true, unless that runs inside a pass."""
+    exponent = backward_state.exponent()
+    return InFlight(shifted(gradient.array, exponent - gradient.exponent), exponent)
 
 
 def _holds_scope(outputs: Any) -> bool:
@@ -282,24 +298,22 @@ def _holds_scope(outputs: Any) -> bool:
 _chainers_engine = inspect.unwrap(_backprop._backprop_to_all)
 
 
-@backward_state.noting
-def _engine(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
-    if not _holds_scope(outputs):
-        _chainers_engine(outputs, retain_grad, loss_scale)
-        return
-    this = BackwardPass(retain_grad=retain_grad)
-    this.run([(y, None if gy is None else InFlight(gy.array)) for y, gy in outputs])
-    this.finish()
-
-
 @functools.wraps(_chainers_engine)
 def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
-    if not chainer.config.enable_backprop:
-        _engine(outputs, retain_grad, loss_scale)
-    elif loss_scale in (None, 1) or not _holds_scope(outputs):
+    if chainer.config.enable_backprop:
+        if loss_scale not in (None, 1) and _holds_scope(outputs):
+            raise RuntimeError(
+                "Double backpropagation through AdaLossScaled takes no loss scale: leave it out."
+            )
         _chainers_engine(outputs, retain_grad, loss_scale)
+    elif not backward_state.exponent() and not _holds_scope(outputs):
+        with backward_state.noted(loss_scale, chainers=True):
+            _chainers_engine(outputs, retain_grad, loss_scale)
     else:
-        raise RuntimeError("Double backpropagation through AdaLossScaled takes no loss scale: leave it out.")
+        with backward_state.noted(loss_scale):
+            this, exponent = BackwardPass(retain_grad=retain_grad), backward_state.exponent()
+            this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
+            this.finish()
 
 
 def install() -> None:

@@ -21,6 +21,14 @@ from ada_loss.arrays.casting import cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import InFlight, add, shifted
 
+_State = dict[str, Any]
+
+_STATE = ("_in_flight", "_grad", "_grad_var", "_grad_valid", "_scoped")
+"""The attributes that make up a parameter's gradient."""
+
+_TRUE = 1.0, 0
+"""What a true gradient carries: a factor and an exponent."""
+
 UNPREPARED = (
     "The gradient of parameter {name} is still scaled: call ada_loss.chainer.prepare(optimizer) after "
     "optimizer.setup(model), or update by hand with model.true_gradients()."
@@ -40,11 +48,15 @@ class _Held(NamedTuple):
 
     def true(self) -> Any:
         """The true gradient as a new array of at least float32."""
-        array, exponent = self.gradient
-        true = shifted(array, -exponent, np.promote_types(array.dtype, np.float32))
-        if self.factor != 1:
-            return true / true.dtype.type(self.factor)
-        return true.copy() if true is array else true
+        return self.carrying(*_TRUE)
+
+    def carrying(self, factor: float, exponent: int) -> Any:
+        """The true gradient times `factor` * 2**`exponent`, as a new array of at least float32."""
+        array, mine = self.gradient
+        wide = shifted(array, exponent - mine, np.promote_types(array.dtype, np.float32))
+        if self.factor != factor:
+            return wide / wide.dtype.type(self.factor / factor)
+        return wide.copy() if wide is array else wide
 
 
 class ScaledParameter(chainer.Parameter):
@@ -53,6 +65,9 @@ class ScaledParameter(chainer.Parameter):
     What has been read from `.grad`, or assigned to it, is the gradient from then on, so it may be clipped in
     place. Gradients from outside every scope are kept in flight as well, with the loss scale of their
     backward pass: passes with different scales add up correctly.
+
+    Code that runs inside a backward pass (a function of the user's own, a hook) reads and writes gradients
+    that carry what those carry that it is handed: see `backward_state.carrying`.
     """
 
     _in_flight: _Held | None = None
@@ -66,6 +81,9 @@ class ScaledParameter(chainer.Parameter):
     """Whether the parameter behaves as Chainer's own, because an optimizer or a communicator is at work on
     it."""
 
+    _shown: Any = None
+    """The array that was shown to code inside a backward pass, which may change it in place."""
+
     _fleeting = False
     """Whether the true gradient that an update asks for is given up after it."""
 
@@ -77,6 +95,7 @@ class ScaledParameter(chainer.Parameter):
 
         scoped: whether a scope contributed to it.
         """
+        self._note_change()
         self._scoped |= scoped
         self._add(gradient, loss_scale)
 
@@ -91,6 +110,7 @@ class ScaledParameter(chainer.Parameter):
         factor, exponent = _split(loss_scale)
         if present.factor != factor or present.dtype != self.dtype:
             return None
+        self._note_change()
         self._hold(None)
         return InFlight(present.gradient.array, present.gradient.exponent - exponent)
 
@@ -171,17 +191,30 @@ class ScaledParameter(chainer.Parameter):
         if self.master is not None:
             self.master = self.device.send(self.master)
 
+    def exchange(self, held: _State | None = None) -> _State:
+        """What makes up the gradient at the moment; `held`, from another moment, takes its place if given."""
+        now = {name: getattr(self, name) for name in _STATE}
+        if held is not None:
+            self.__dict__.update(held)
+        return now
+
     @property
     def grad_var(self) -> chainer.Variable | None:
-        if backward_state.running():
-            # The engine would take it for a part of what it computes, with the same scale, and add to it.
+        if backward_state.in_chainers_engine():
+            # It would take the gradient for a part of what it computes, with the same scale, and add to it.
             return None
+        if _carried() != _TRUE:
+            array = self._show()
+            return None if array is None else chainer.Variable(array)
         self._settle()
         return super().grad_var
 
     @grad_var.setter
     def grad_var(self, g: chainer.Variable | None) -> None:
-        chainer.Parameter.grad_var.fset(self, g)
+        if g is None or not self._takes_wider(g.array):
+            chainer.Parameter.grad_var.fset(self, g)
+        else:
+            self._set_grad_var_without_check(g)
 
     @property
     def _loss_scale(self) -> None:
@@ -195,26 +228,70 @@ class ScaledParameter(chainer.Parameter):
         if self._scoped and not self._plain and _allow_array_access_with_nonstandard_layout():
             # Only optimizers and update rules look at gradients this way, before they do anything else.
             raise RuntimeError(UNPREPARED.format(name=self.name))
-        self._settle()
-        return super()._get_grad()
+        return self._show()
 
     def _set_grad(self, g: Any, *, layout_check: bool = True) -> None:
+        self._note_change()
         self._in_flight = None
-        if g is None or g.dtype.kind != "f" or g.dtype.itemsize <= self.dtype.itemsize:
+        if g is None or not self._takes_wider(g):
             super()._set_grad(g, layout_check=layout_check)
-        elif g.shape == self.shape:
-            self._set_grad_without_check(g)
         else:
+            self._set_grad_without_check(g)
+        self._take_as_carrying(g)
+
+    def _takes_wider(self, array: Any) -> bool:
+        """Whether an array is a gradient of a wider format than the parameter's; a ValueError if it is of another
+        shape."""
+        if array.dtype.kind != "f" or array.dtype.itemsize <= self.dtype.itemsize:
+            return False
+        if array.shape != self.shape:
             raise ValueError(
-                f"A gradient of shape {g.shape} does not fit parameter {self.name} of {self.shape}."
+                f"A gradient of shape {array.shape} does not fit parameter {self.name} of {self.shape}."
             )
+        return True
 
     def _set_grad_var_without_check(self, gv: chainer.Variable | None) -> None:
-        if not backward_state.running():
+        self._note_change()
+        if not backward_state.in_chainers_engine():
             self._in_flight = None
             super()._set_grad_var_without_check(gv)
+            self._take_as_carrying(None if gv is None else gv.array)
         elif gv is not None:
             self._add(InFlight(gv.array), backward_state.loss_scale())
+
+    def _show(self) -> Any:
+        """The gradient for code to read, and to change in place: true but for what it carries there."""
+        self._note_change()
+        factor, exponent = _carried()
+        if (factor, exponent) == _TRUE:
+            self._settle()
+            return super()._get_grad()
+        held = self._present()
+        if held is None:
+            return None
+        array = held.gradient.array
+        if array is not self._shown or (held.factor, held.gradient.exponent) != (factor, exponent):
+            with chainer.using_device(self.device):
+                array = held.carrying(factor, exponent)
+            self._hold(_Held(InFlight(array, exponent), factor))
+            self._shown = array
+        return array
+
+    def _take_as_carrying(self, array: Any) -> None:
+        """Take an array that code has just assigned for what it is there."""
+        factor, exponent = _carried()
+        if array is not None and (factor, exponent) != _TRUE:
+            self._hold(_Held(InFlight(array, exponent), factor))
+            self._shown = array
+            self._scoped |= exponent != 0
+
+    def _note_change(self) -> None:
+        """Keep what the gradient is, if code is running whose changes may be undone."""
+        if backward_state.changes().keep(self, self.exchange()):
+            # What is kept must not be changed in place.
+            self._shown = None
+            if (settled := self._settled()) is not None:
+                self._set_grad_without_check(settled.copy())
 
     def _add(self, gradient: InFlight, loss_scale: float) -> None:
         factor, exponent = _split(loss_scale)
@@ -247,6 +324,7 @@ class ScaledParameter(chainer.Parameter):
             self._set_grad_without_check(true)
 
     def _forget_scopes(self) -> None:
+        self._note_change()
         self._in_flight, self._scoped = None, False
 
     def __copy__(self) -> ScaledParameter:
@@ -336,6 +414,12 @@ def _reconciled(master: Any, half: Any) -> Any:
     if xp is np and not changed.any():
         return master
     return xp.where(changed, cast(half, np.float32), master)
+
+
+def _carried() -> tuple[float, int]:
+    """The factor and the exponent that gradients carry which user code reads and writes at the moment."""
+    factor, exponent = _split(backward_state.loss_scale())
+    return factor, exponent + backward_state.exponent()
 
 
 def _split(loss_scale: float) -> tuple[float, int]:

@@ -83,6 +83,14 @@ class ShiftPolicy:
         self._calls[path] += 1
         return self._calls[path] - 1
 
+    def counted(self) -> Counter[str]:
+        """How often each path has been asked for in this step, for `count_from`."""
+        return self._calls.copy()
+
+    def count_from(self, counted: Counter[str]) -> None:
+        """Go on counting from there, where a part of a pass is computed again."""
+        self._calls = counted.copy()
+
     def choose(
         self,
         site: Site,
