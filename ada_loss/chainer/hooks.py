@@ -56,18 +56,33 @@ def _is_called(hook: chainer.FunctionHook) -> bool:
 
 
 def _true(gy: Any, exponent: int) -> Any:
-    return shifted(gy, -exponent, np.promote_types(gy.dtype, np.float32))
+    true = shifted(gy, -exponent, np.promote_types(gy.dtype, np.float32))
+    if true is not gy and not _is_writeable(gy):
+        true.flags.writeable = False
+    return true
 
 
 def _taken_back(seen: tuple[Any, ...], gys: tuple[Any, ...], exponent: int) -> Gradients:
-    """True gradients as they are after a hook, in the dtypes of `gys`, which they were before and which carry
-    `exponent`; one that is rounded to float16 is as large there as before."""
+    """True gradients as they are after a hook, as `gys` were before, which carry `exponent`.
+
+    As in plain Chainer, what a hook changes in place changes for all that share the array. In float16, where the
+    changed one may need another exponent, it does not; it is as large there as before.
+    """
     pairs = [(new, old) for new, old in zip(seen, gys, strict=True) if old is not None]
     halves = [(new, old) for new, old in pairs if old.dtype == np.float16]
-    before = max((largest_magnitude(old) for _, old in halves), default=0)
-    after = max((largest_magnitude(new) for new, _ in halves), default=0)
+    if not halves:
+        for new, old in pairs:
+            if new is not old and _is_writeable(old):
+                old[...] = shifted(new, exponent)
+        return gys, exponent
+    before = max(largest_magnitude(old) for _, old in halves)
+    after = max(largest_magnitude(new) for new, _ in halves)
     if 0 < before < np.inf and 0 < after < np.inf:
         exponent = floor_log2(before) - floor_log2(after)
-    return tuple(
-        None if old is None else shifted(new, exponent, old.dtype) for new, old in zip(seen, gys, strict=True)
-    ), exponent
+    back = (shifted(new, exponent, old.dtype) for new, old in pairs)
+    return tuple(None if gy is None else next(back) for gy in gys), exponent
+
+
+def _is_writeable(array: Any) -> bool:
+    # CuPy's arrays always are, and have no such flag.
+    return getattr(array.flags, "writeable", True)

@@ -240,8 +240,7 @@ class ScaledParameter(chainer.Parameter):
         self._take_as_carrying(g)
 
     def _takes_wider(self, array: Any) -> bool:
-        """Whether an array is a gradient of a wider format than the parameter's; a ValueError if it is of another
-        shape."""
+        """Whether an array is of a wider format than the parameter; a ValueError if it has another shape."""
         if array.dtype.kind != "f" or array.dtype.itemsize <= self.dtype.itemsize:
             return False
         if array.shape != self.shape:

@@ -357,13 +357,8 @@ class TestChangedGradients:
         exact(rng, lambda m, x: m.b(changing(NOT_LINEAR[kind], m.a(x))), mixed16=None)
 
     @pytest.mark.parametrize("kind", NOT_LINEAR)
-    @pytest.mark.parametrize("inside", [True, False])
-    def test_that_are_not_are_refused_where_float16_loses_the_true_one(self, kind, inside, rng):
-        change = NOT_LINEAR[kind]
-        if inside:
-            refused(rng, lambda m, x: m.b(changing(change, m.a(x))), "Changing")
-        else:
-            refused(rng, lambda m, x: m.a(x), "Changing", lambda y: changing(change, y), output_dtype=None)
+    def test_that_are_not_are_refused_where_float16_loses_the_true_one(self, kind, rng):
+        refused(rng, lambda m, x: m.b(changing(NOT_LINEAR[kind], m.a(x))), "Changing")
 
     @pytest.mark.parametrize("threshold", [0.05, 0.2])
     def test_that_are_not_are_right_where_float16_holds_the_true_one(self, threshold, rng):
