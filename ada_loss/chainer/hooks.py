@@ -65,8 +65,8 @@ def _true(gy: Any, exponent: int) -> Any:
 def _taken_back(seen: tuple[Any, ...], gys: tuple[Any, ...], exponent: int) -> Gradients:
     """True gradients as they are after a hook, as `gys` were before, which carry `exponent`.
 
-    As in plain Chainer, what a hook changes in place changes for all that share the array. In float16, where the
-    changed one may need another exponent, it does not; it is as large there as before.
+    As in plain Chainer, what a hook changes in place changes for all that share the array. In float16, where
+    the changed one may need another exponent, it does not; it is as large there as before.
     """
     pairs = [(new, old) for new, old in zip(seen, gys, strict=True) if old is not None]
     halves = [(new, old) for new, old in pairs if old.dtype == np.float16]
