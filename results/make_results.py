@@ -30,7 +30,8 @@ from experiments import SCALES, Row, Scale, Table  # noqa: E402
 from plot import plot  # noqa: E402
 from report import readme_text  # noqa: E402
 
-from arguments import FREE_ON_RESUME, OneSentenceParser, count, parse_settings  # noqa: E402
+from arguments import FREE_ON_RESUME, parse_settings  # noqa: E402
+from command_line import OneSentenceParser, count  # noqa: E402
 from errors import InputError, ends_cleanly  # noqa: E402
 from files import write_whole  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
-BAD_INPUT = 2
+BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 # How launchers (MPICH and its relatives, Open MPI, MVAPICH) tell a process its rank.
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -28,6 +29,9 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names of files may be bytes that are no text.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except InputError as error:
@@ -36,7 +40,7 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
             return BAD_INPUT
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr, flush=True)
-            return 130
+            return INTERRUPTED
 
     return wrapper
 
@@ -44,3 +48,15 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
 def launched_rank() -> int:
     """This process's number among those that an MPI launcher started, 0 without one; needs no MPI."""
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def caution(sentence: str) -> None:
+    """Say something that is worth knowing, once for all ranks that see it."""
+    if launched_rank() == 0:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, for the brackets of a sentence: in one line, without a full stop."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split()).rstrip(".")

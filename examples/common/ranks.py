@@ -163,6 +163,26 @@ def start_ranks() -> Alone:
     return Together(chainermn.create_communicator("naive"))
 
 
+def choose_device(name: str, ranks: Alone) -> int | None:
+    """The number of the GPU that "auto", "cpu", "gpu" or a number stands for here, None for the CPU. Raises
+    InputError if there is no such GPU."""
+    if name == "cpu" or (name == "auto" and not gpu_is_there()):
+        return None
+    if not gpu_is_there():
+        raise InputError(f"--device {name} needs a GPU and CuPy, and there is none: use --device cpu.")
+    if not name.isdecimal():
+        return ranks.intra_rank
+    if ranks.size > 1:
+        raise InputError(
+            f"--device {name} is for one process, and every rank has a GPU of its own: leave it out, and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    n_devices = cuda.cupy.cuda.runtime.getDeviceCount()
+    if int(name) >= n_devices:
+        raise InputError(f"There is no GPU {name}: they are numbered from 0 to {n_devices - 1}.")
+    return int(name)
+
+
 def choose_communicator(name: str, on_gpu: bool) -> str:
     """What a name of COMMUNICATORS stands for here. Raises InputError if this machine can't run it."""
     if name == "auto":

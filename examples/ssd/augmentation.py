@@ -123,6 +123,8 @@ def _draw_windows(height: int, width: int, smallest: float, rng: np.random.Gener
     # As rng.uniform(least, most), which is slow on arrays.
     ratio = least + (most - least) * rng.random(CROP_TRIALS)
     size = np.array([height * scale / np.sqrt(ratio), width * scale * np.sqrt(ratio)]).astype(int)
+    # A few pixels of a strip would be none.
+    size = np.maximum(size, 1)
     corner = rng.integers(np.maximum([[height], [width]] - size, 1))
     return np.concatenate([corner, corner + size])
 

@@ -11,8 +11,12 @@ from chainercv.links.model.ssd import MultiboxCoder
 from overlap import overlaps
 
 # From this overlap on a default box learns an object; below the other one it does in no case.
-ENOUGH = 0.5
+MATCH_THRESHOLD = 0.5
 LEAST = 1e-6
+# Overlaps that differ by less are equal. GluonCV computes them in float32.
+TIE = 1e-6
+# ChainerCV's, as in the paper.
+VARIANCES = (0.1, 0.2)
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,24 @@ class BoxCoder:
         centre, size: of the K default boxes, y and x one behind the other, float64 (2, K).
         corners: of the same boxes: y_min, x_min, y_max, x_max, float64 (4, K).
         variance: what offsets of centres and logarithms of sizes are divided by.
+        threshold: overlap from which on a default box learns an object.
+        ties: whether, as in GluonCV, a default box learns the object that it overlaps most also if it
+            overlaps it exactly as much as the best one does.
     """
 
     centre: np.ndarray
     size: np.ndarray
     corners: np.ndarray
     variance: tuple[float, float]
+    threshold: float = MATCH_THRESHOLD
+    ties: bool = False
 
     @classmethod
-    def of(cls, coder: MultiboxCoder) -> BoxCoder:
+    def of(cls, coder: MultiboxCoder, threshold: float = MATCH_THRESHOLD, ties: bool = False) -> BoxCoder:
         """ChainerCV's coder may be on a GPU; this one is on the CPU."""
         default = np.ascontiguousarray(cuda.to_cpu(coder._default_bbox).T)
-        return cls(default[:2], default[2:], _corners(default[:2], default[2:]), coder._variance)
+        corners = _corners(default[:2], default[2:])
+        return cls(default[:2], default[2:], corners, coder._variance, threshold, ties)
 
     def encode(self, bbox: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the default boxes have to learn: offsets float32 (K, 4) and classes int32 (K,), 0 for
@@ -67,7 +77,7 @@ class BoxCoder:
         """Which box each default box has to learn, int (K,), -1 for none.
 
         Best pairs first, every box gets a default box of its own; then the default boxes that are left take
-        the box that they overlap most, if it is enough.
+        the box that they overlap most, if it is enough, or if they tie.
         """
         overlap = overlaps(bbox.T, self.corners)
         owner = np.full(len(self.corners.T), -1)
@@ -79,7 +89,12 @@ class BoxCoder:
                 break
             owner[place] = box
             pairs[place] = pairs[:, box] = 0
-        (free,) = np.nonzero((owner < 0) & (overlap.max(axis=0) >= ENOUGH))
+        most = overlap.max(axis=0)
+        enough = most >= self.threshold
+        if self.ties:
+            favourite = overlap.argmax(axis=0)
+            enough |= (most > LEAST) & (most + TIE >= overlap.max(axis=1)[favourite])
+        (free,) = np.nonzero((owner < 0) & enough)
         owner[free] = overlap[:, free].argmax(axis=0)
         return owner
 

@@ -7,33 +7,26 @@ A devkit is a folder with one folder per year (`VOC2007`, `VOC2012`), each of wh
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
+import codecs
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from chainer.dataset.download import get_dataset_root
 from chainercv.datasets import voc_bbox_label_names
-from PIL import Image, UnidentifiedImageError
 
-from errors import InputError
+from annotations import Annotation, Objects, inside, read_annotation
+from errors import InputError, reason
+from images import image_size, read_image
 
 VOC_CLASSES: tuple[str, ...] = tuple(voc_bbox_label_names)
 TRAIN_PARTS = (("VOC2007", "trainval"), ("VOC2012", "trainval"))
 TEST_PARTS = (("VOC2007", "test"),)
 # Bytes of images that a split keeps in memory once they are read: all of a small set, some of VOC.
 IN_MEMORY = 2**26
-
-
-class Objects(NamedTuple):
-    """What an image shows: boxes (R, 4) float32 as (y_min, x_min, y_max, x_max) in pixels counted from 0,
-    labels (R,) int32 and flags (R,) bool of objects that an evaluation leaves out."""
-
-    bbox: np.ndarray
-    label: np.ndarray
-    difficult: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,21 +50,19 @@ class VocDataset:
 
     @classmethod
     def open(cls, folder: Path, split: str, classes: Sequence[str], use_difficult: bool) -> VocDataset:
-        """Raises InputError if the split's list, or a file that it names, is missing."""
+        """Raises InputError if the split's list, or a file that it names, is missing, or named twice."""
         id_list = folder / "ImageSets" / "Main" / f"{split}.txt"
-        try:
-            ids = tuple(id_list.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{id_list} can't be read ({_reason(error)}): restore the data set there."
-            ) from None
-        if not ids:
-            raise InputError(f"{id_list} names no image: restore the data set there.")
+        ids = _read_ids(id_list)
         dataset = cls(folder, ids, tuple(classes), use_difficult)
         for path in (
             path for i in range(len(ids)) for path in (dataset.image_path(i), dataset.objects_path(i))
         ):
-            if not path.is_file():
+            try:
+                there = path.is_file()
+            # Names too long for the system, folders that may not be looked into.
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} can't be read ({reason(error)}): restore the data set.") from None
+            if not there:
                 raise InputError(f"{path} is missing though {id_list.name} names it: restore the data set.")
         return dataset
 
@@ -94,25 +85,19 @@ class VocDataset:
         return image
 
     def objects(self, i: int) -> Objects:
-        """What image i shows, in read-only arrays."""
+        """What image i shows, in read-only arrays. InputError if that can't be, in an image of its size."""
         if i not in self._objects:
-            self._objects[i] = self._parse(self.objects_path(i))
+            path = self.objects_path(i)
+            found = inside(path, self._parse(path), image_size(self.image_path(i)))
+            kept = ~found.difficult | self.use_difficult
+            objects = Objects(*(array[kept] for array in found))
+            for array in objects:
+                array.flags.writeable = False
+            self._objects[i] = objects
         return self._objects[i]
 
-    def _parse(self, path: Path) -> Objects:
-        try:
-            found = [_parse_object(node, self.classes) for node in ElementTree.parse(path).iter("object")]
-        except (OSError, ElementTree.ParseError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({_reason(error)}): restore the data set.") from None
-        kept = [entry for entry in found if self.use_difficult or not entry[2]]
-        objects = Objects(
-            np.array([box for box, _, _ in kept], dtype=np.float32).reshape(-1, 4),
-            np.array([label for _, label, _ in kept], dtype=np.int32),
-            np.array([difficult for _, _, difficult in kept], dtype=bool),
-        )
-        for array in objects:
-            array.flags.writeable = False
-        return objects
+    def _parse(self, path: Path) -> Annotation:
+        return read_annotation(path, self.classes)
 
 
 @dataclass(frozen=True)
@@ -144,20 +129,6 @@ class JoinedDatasets:
         raise IndexError(i)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as RGB, (3, H, W), uint8, read-only.
-
-    Raises InputError if there is none or it is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise InputError(
-            f"{path} can't be read as an image ({_reason(error)}): restore or remove it."
-        ) from None
-
-
 def find_devkit(dataset_dir: Path | None) -> Path:
     """The folder with VOC2007 and VOC2012: the one given, its VOCdevkit, or where ChainerCV keeps it."""
     root = dataset_dir or Path(get_dataset_root()) / "pfnet" / "chainercv" / "voc"
@@ -179,23 +150,18 @@ def open_parts(
     return JoinedDatasets(tuple(opened))
 
 
-def _parse_object(node: ElementTree.Element, classes: tuple[str, ...]) -> tuple[list[int], int, bool]:
-    name = _text(node, "name").lower()
-    if name not in classes:
-        raise ValueError(f"no class is called {name!r}")
-    # The devkit counts pixels from 1.
-    box = [int(float(_text(node, f"bndbox/{tag}"))) - 1 for tag in ("ymin", "xmin", "ymax", "xmax")]
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"the box of a {name} is empty")
-    return box, classes.index(name), (node.findtext("difficult") or "0").strip() == "1"
-
-
-def _text(node: ElementTree.Element, tag: str) -> str:
-    text = node.findtext(tag)
-    if text is None:
-        raise ValueError(f"an object has no {tag}")
-    return text.strip()
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _read_ids(path: Path) -> tuple[str, ...]:
+    """The names in a split's list, one a line, in UTF-8 or UTF-16; other bytes stand for themselves."""
+    try:
+        content = path.read_bytes()
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16") if utf_16 else content.decode("utf-8-sig", errors="surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({reason(error)}): restore the data set there.") from None
+    ids = tuple(line.strip() for line in re.split("[\r\n]", text) if line.strip())
+    if not ids:
+        raise InputError(f"{path} names no image: restore the data set there.")
+    name, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} names {name} {times} times: name every image once.")
+    return ids

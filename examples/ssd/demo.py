@@ -14,10 +14,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
-
 import train_multi
-from arguments import OneSentenceParser
+from command_line import OneSentenceParser
 from data_voc import JoinedDatasets
 from datasets import DATASETS
 from detector import Detector

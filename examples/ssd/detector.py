@@ -18,8 +18,9 @@ from models import input_dtype
 from nms import suppress
 
 DECODERS = ("per-class", "argmax")
-NMS_THRESH = 0.45
+NMS_THRESHOLD = 0.45
 MOST_BOXES = 200
+TEST_BATCHSIZE = 32
 # So many candidates for each box that is wanted are nearly always enough.
 SHORTLIST = 6
 # For mean average precision every candidate counts; for the eye only the sure ones.
@@ -43,11 +44,17 @@ class Detector:
         model: the network.
         score_thresh: boxes with a lower score are left out.
         decoder: "per-class" lets every class of a default box compete; "argmax" only its best class.
+        nms_thresh: overlap from which on the less sure of two boxes of a class is left out.
+        limit: the most boxes that are found in an image.
+        batch_size: images that are detected in at a time.
     """
 
     model: SSD
     score_thresh: float = EVALUATION_THRESH
     decoder: str = "per-class"
+    nms_thresh: float = NMS_THRESHOLD
+    limit: int = MOST_BOXES
+    batch_size: int = TEST_BATCHSIZE
 
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
@@ -67,7 +74,7 @@ class Detector:
         locs, logits = (cuda.to_cpu(output.array).astype(np.float32) for output in outputs)
         coder = BoxCoder.of(self.model.coder)
         found = (
-            pick_boxes(coder.decode(loc), self._scores(prob), self.score_thresh)
+            pick_boxes(coder.decode(loc), self._scores(prob), self.score_thresh, self.nms_thresh, self.limit)
             for loc, prob in zip(locs, softmax(logits), strict=True)
         )
         return [
@@ -94,7 +101,7 @@ def pick_boxes(
     corners: np.ndarray,
     scores: np.ndarray,
     score_thresh: float,
-    nms_thresh: float = NMS_THRESH,
+    nms_thresh: float = NMS_THRESHOLD,
     limit: int = MOST_BOXES,
 ) -> Boxes:
     """The best boxes over all classes, none overlapping a better one of its class.
@@ -136,13 +143,13 @@ def _pick(
     )
 
 
-def detect_all(detector: Detector, images: Iterable[np.ndarray], batch_size: int = 32) -> list[Boxes]:
+def detect_all(detector: Detector, images: Iterable[np.ndarray]) -> list[Boxes]:
     """Boxes in any number of images, a batch at a time."""
     found: list[Boxes] = []
     batch: list[np.ndarray] = []
     for image in images:
         batch.append(image)
-        if len(batch) == batch_size:
+        if len(batch) == detector.batch_size:
             found += detector.detect(batch)
             batch = []
     return found + (detector.detect(batch) if batch else [])

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from chainercv.links.model.ssd import SSD
 
+from annotations import Objects
 from augmentation import Recipe, augment
-from coding import BoxCoder
-from data_voc import Objects
+from coding import MATCH_THRESHOLD, BoxCoder
 
 
 class Detections(Protocol):
@@ -52,10 +52,18 @@ class TrainingSamples:
     seed: int
 
     @classmethod
-    def of_model(cls, dataset: Detections, model: SSD, recipe: Recipe, seed: int) -> TrainingSamples:
+    def of_model(
+        cls,
+        dataset: Detections,
+        model: SSD,
+        recipe: Recipe,
+        seed: int,
+        match_threshold: float = MATCH_THRESHOLD,
+        match_ties: bool = False,
+    ) -> TrainingSamples:
         return cls(
             dataset,
-            BoxCoder.of(model.coder),
+            BoxCoder.of(model.coder, match_threshold, match_ties),
             model.insize,
             np.asarray(model.mean, dtype=np.float32),
             recipe,

@@ -8,19 +8,18 @@ from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
-
 from data_voc import JoinedDatasets
 from datasets import DATASETS, DatasetKind
-from detector import Detector
-from errors import InputError, SharedInputError, ends_cleanly
-from evaluation import evaluate
+from errors import InputError, SharedInputError, caution, ends_cleanly
+from evaluation import evaluate, mean_precision
+from options import add_test_batchsize
 from ranks import start_ranks
-from saved import load_detector_model, weights_parser
+from saved import detector_of, load_detector_model, weights_parser
 
 
 @ends_cleanly
@@ -31,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset-dir", type=Path, help="folder with VOC2007, or where the digits are already"
     )
+    add_test_batchsize(parser)
     args = parser.parse_args(argv)
 
     ranks = start_ranks()
@@ -41,12 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = DATASETS[dataset]
         test_set = ranks.rank_0_first(lambda: open_existing(kind, args.dataset_dir))
         began = time.monotonic()
-        precisions = evaluate(Detector(model, decoder=args.decoder), test_set, ranks)
+        detector = replace(detector_of(model, args), batch_size=args.test_batchsize)
+        precisions = evaluate(detector, test_set, ranks)
         seconds = time.monotonic() - began
     if precisions is not None:
         for name, precision in zip(kind.classes, precisions, strict=True):
-            print(f"{name:>12}  {precision:.4f}")
-        print(f"{'mAP':>12}  {np.nanmean(precisions):.4f}")
+            print(f"{name:>12}  {'-' if np.isnan(precision) else f'{precision:.4f}'}")
+        mean = mean_precision(precisions)
+        print(f"{'mAP':>12}  {'-' if mean is None else f'{mean:.4f}'}")
+        if mean is None:
+            caution("no test image shows an object that counts, so that there is no mAP.")
         print(f"{len(test_set)} images in {seconds:.1f} s", file=sys.stderr)
     return 0
 

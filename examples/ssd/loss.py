@@ -32,10 +32,14 @@ class MultiboxLoss:
             Images without positives add nothing.
         mean_over_ranks: the mean over all ranks of a number that each rank gives. Gradients are averaged over
             the ranks, so each one divides by the mean number of positives to end with the total.
+        alpha: weight of the localization loss.
+        negative_ratio: how many negatives count at most for each positive of an image.
     """
 
     norm: str = "batch"
     mean_over_ranks: Callable[[float], float] = alone
+    alpha: float = 1.0
+    negative_ratio: int = NEGATIVES_PER_POSITIVE
 
     def __post_init__(self) -> None:
         if self.norm not in LOSS_NORMS:
@@ -48,7 +52,7 @@ class MultiboxLoss:
         gt_mb_locs: np.ndarray,
         gt_mb_labels: np.ndarray,
     ) -> tuple[chainer.Variable, chainer.Variable]:
-        """Localization and classification loss, two float32 scalars.
+        """Localization loss times `alpha`, and classification loss, two float32 scalars.
 
         Args:
             mb_locs: predicted offsets, float32 (B, K, 4), K being the number of default boxes.
@@ -61,11 +65,15 @@ class MultiboxLoss:
         weight = self._weight(positive)
         # Only positives and the hardest negatives count; gathering them leaves the other boxes out of the
         # graph.
-        picked = positive | hard_negatives(classification_losses(mb_confs.array, gt_mb_labels), positive)
+        losses = classification_losses(mb_confs.array, gt_mb_labels)
+        picked = positive | hard_negatives(losses, positive, self.negative_ratio)
         logits = mb_confs[picked]
         conf_losses = F.logsumexp(logits, axis=1) - F.select_item(logits, gt_mb_labels[picked])
         loc_losses = F.sum(F.huber_loss(mb_locs[positive], gt_mb_locs[positive], 1, reduce="no"), axis=-1)
-        return _weighted_sum(loc_losses, weight, positive), _weighted_sum(conf_losses, weight, picked)
+        return (
+            _weighted_sum(loc_losses, self.alpha * weight, positive),
+            _weighted_sum(conf_losses, weight, picked),
+        )
 
     def _weight(self, positive: np.ndarray) -> np.ndarray:
         """What each image's losses are multiplied by, float32 (B,)."""

@@ -14,12 +14,15 @@ from chainer import initializers
 from chainercv.links import SSD300, SSD512
 from chainercv.links.model.ssd import SSD, Multibox
 
+from coding import VARIANCES
+
 # GluonCV's Xavier(rnd_type='gaussian', magnitude=2, factor_type='out'): standard deviation sqrt(2 / fan_out);
-# and its Uniform() with the default range.
+# its Uniform() and Normal() with their default ranges.
 INITIALIZERS: dict[str, Callable[[], chainer.Initializer]] = {
     "lecun-uniform": initializers.LeCunUniform,
     "xavier": lambda: initializers.HeNormal(fan_option="fan_out"),
     "uniform": lambda: initializers.Uniform(scale=0.07),
+    "normal": lambda: initializers.Normal(scale=0.01),
 }
 FIRST_ADDED_BLOCK = 8
 # In each cell of the first feature map, of all models here.
@@ -93,16 +96,19 @@ MODELS = {
 }
 
 
-def build_model(name: str, n_fg_class: int, initializer: str, seed: int) -> SSD:
+def build_model(
+    name: str, n_fg_class: int, initializer: str, seed: int, variances: tuple[float, float] = VARIANCES
+) -> SSD:
     """A detector with all its parameters initialized, in Chainer's dtype of the moment.
 
     The same seed gives the same weights. `initializer` (see INITIALIZERS) fills the layers that SSD adds to
-    its backbone.
+    its backbone; `variances` are those of its default boxes.
     """
     state = np.random.get_state()
     np.random.seed(seed)
     try:
         model = MODELS[name].build(n_fg_class)
+        model.coder._variance = variances
         for convolution in added_layers(model):
             convolution.W.initializer = INITIALIZERS[initializer]()
         _initialize(model)

@@ -27,7 +27,7 @@ def reserved(settings: Settings, ranks: Alone) -> Iterator[None]:
     with ExitStack() as held:
 
         def enter() -> None:
-            _make(settings.out)
+            make_folder(settings.out)
             if ranks.rank == 0:
                 held.enter_context(alone_in(settings.out))
             # Under the lock, or two runs might both find the folder empty.
@@ -37,7 +37,8 @@ def reserved(settings: Settings, ranks: Alone) -> Iterator[None]:
         yield
 
 
-def _make(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make a folder that --out names. Raises InputError if that can't be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

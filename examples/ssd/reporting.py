@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chainer.training import Extension, Trainer, extensions
+from chainer.training.extension import PRIORITY_EDITOR
 
-from ada_loss.chainer import Diverged
 from errors import InputError
 from files import write_whole
 from ranks import Alone
@@ -69,7 +68,8 @@ def either(first: Trigger, second: Trigger) -> Trigger:
 def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorboard: bool) -> None:
     """Give a trainer everything in this module; on all ranks alike, shown and written by rank 0.
 
-    A row of the log is written whenever `due` fires. It holds means over the iterations since the last one.
+    A row of the log is written whenever `due` fires. It holds means over the iterations since the last one,
+    but for those whose step was skipped.
     """
     first = ranks.rank == 0
     log = extensions.LogReport(
@@ -79,7 +79,6 @@ def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorb
         postprocess=lambda row: _complete_row(row, ranks, last),
     )
     trainer.extend(log, name="LogReport", trigger=(1, "iteration"))
-    trainer.extend(_stop_if_diverged, name="StopIfDiverged", trigger=due, priority=-1)
     if not first:
         return
     on_terminal = sys.stdout.isatty()
@@ -94,6 +93,30 @@ def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorb
 
 def log_rows(trainer: Trainer) -> list[dict[str, float]]:
     return trainer.get_extension("LogReport").log
+
+
+class LeavesOutSkippedSteps(Extension):
+    """Takes the losses of a skipped step away before the log adds them to its means.
+
+    Args:
+        skipped: how many steps were skipped so far.
+    """
+
+    trigger = (1, "iteration")
+    priority = PRIORITY_EDITOR
+
+    def __init__(self, skipped: Callable[[], int]) -> None:
+        self._count_skipped = skipped
+
+    def initialize(self, trainer: Trainer) -> None:
+        self._before = self._count_skipped()
+
+    def __call__(self, trainer: Trainer) -> None:
+        skipped = self._count_skipped()
+        if skipped > self._before:
+            for name in LOSSES:
+                trainer.observation.pop(name, None)
+        self._before = skipped
 
 
 class TensorBoard(Extension):
@@ -142,17 +165,11 @@ def csv_text(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _complete_row(row: dict[str, float], ranks: Alone, last: int) -> None:
+    # All ranks skip the same steps; a row of skipped ones has no losses.
     for name in LOSSES:
-        row[name] = ranks.mean(row[name])
+        if name in row:
+            row[name] = ranks.mean(row[name])
     row["time_left"] = round(row["elapsed_time"] / row["iteration"] * (last - row["iteration"]))
-
-
-def _stop_if_diverged(trainer: Trainer) -> None:
-    row = log_rows(trainer)[-1]
-    if not math.isfinite(row["main/loss"]):
-        raise Diverged(
-            f"Training diverged: the loss is {row['main/loss']} after {row['iteration']} iterations."
-        )
 
 
 def _write_csv(trainer: Trainer) -> None:

@@ -18,21 +18,23 @@ from chainercv.links.model.ssd import SSD
 from ada_loss.chainer import AdaLossScaled, Diverged, kernels, prepare
 from arguments import Settings
 from batches import BatchIterator, Schedule
+from checking import look_through
 from checkpoints import FOLDER, Checkpoints, RandomState, resume
 from data_voc import JoinedDatasets
 from datasets import DATASETS
 from detector import Detector
 from encoding import TrainingSamples
-from errors import InputError
-from evaluation import evaluate
+from errors import InputError, SharedInputError, caution
+from evaluation import evaluate, mean_precision
 from files import write_json
 from loss import MultiboxLoss
 from models import build_model, input_dtype
 from optimization import learning_rate, make_optimizer
 from output import RESULT_FILE
 from ranks import Alone
-from reporting import StopAfter, add_reports, at, either, every, log_rows
-from weights import find_pretrained, load_weights, save_weights
+from reporting import LeavesOutSkippedSteps, StopAfter, add_reports, at, either, every, log_rows
+from snapshots import BestWeights, LastGoodWeights
+from weights import find_pretrained, load_weights, save_weights, weights_of
 
 WEIGHTS_FILE = "model.npz"
 
@@ -81,12 +83,15 @@ class Run:
         outcome, message = "finished", None
         try:
             self.trainer.run(show_loop_exception_msg=False)
+            weights = weights_of(self.model)
         except Diverged as error:
-            outcome, message = "diverged", str(error)
+            good = self.trainer.get_extension("LastGoodWeights")
+            weights = good.arrays
+            kept = f"{WEIGHTS_FILE} holds the last good weights, those after {good.iteration} iterations."
+            outcome, message = "diverged", f"{error} {kept}"
         result = self._result(outcome, message)
         if self.ranks.rank == 0:
-            if outcome == "finished":
-                save_weights(self.settings.out / WEIGHTS_FILE, self.model)
+            save_weights(self.settings.out / WEIGHTS_FILE, weights)
             write_json(self.settings.out / RESULT_FILE, result)
         return result
 
@@ -115,31 +120,40 @@ class Run:
         }
 
 
-def assemble(settings: Settings, ranks: Alone, on_gpu: bool) -> Run:
+def assemble(settings: Settings, ranks: Alone, device: int | None) -> Run:
     """Everything that a run needs, brought to where the checkpoint stands that it resumes. All ranks call it.
 
     Raises InputError on all of them if something is amiss, before any file is written. `--out` has to be
-    reserved for them by then.
+    reserved for them by then. `device` is the number of a GPU; None stands for the CPU.
     """
     cv2.setNumThreads(0)
     np.random.seed(settings.seed + ranks.rank)
     # What is made or fetched should be so once.
     train_set, test_set, model = ranks.rank_0_first(lambda: _open_inputs(settings))
-    samples = TrainingSamples.of_model(train_set, model, DATASETS[settings.dataset].recipe, settings.seed)
-    if on_gpu:
-        cuda.get_device_from_id(ranks.intra_rank).use()
+    if settings.check:
+        look_through(train_set, test_set, ranks)
+    matching = settings.match_threshold, settings.match_ties
+    recipe = DATASETS[settings.dataset].recipe
+    samples = TrainingSamples.of_model(train_set, model, recipe, settings.seed, *matching)
+    if device is not None:
+        cuda.get_device_from_id(device).use()
         model.to_gpu()
-    loss = MultiboxLoss(settings.loss_norm, ranks.mean)
+    loss = MultiboxLoss(settings.loss_norm, ranks.mean, settings.alpha, settings.negative_ratio)
     chain = TrainChain(scale_gradients(model, settings), loss, settings.loss_multiplier)
     optimizer = prepare_optimizer(ranks.multi_node(make_optimizer(chain, settings.loss_multiplier)), settings)
     ranks.share_parameters(optimizer)
     schedule = Schedule(len(samples), settings.batchsize, settings.seed, ranks.rank, ranks.size)
     iterator = BatchIterator(samples, schedule, settings.loaders)
-    updater = StandardUpdater(iterator, optimizer, device=ranks.intra_rank if on_gpu else None)
+    updater = StandardUpdater(iterator, optimizer, device=device)
     trainer = Trainer(updater, StopAfter(settings.iteration), out=str(settings.out))
-    _extend(trainer, settings, ranks, Detector(model, decoder=settings.decoder), test_set)
+    _extend(trainer, settings, ranks, model, test_set)
     if settings.resume is not None:
         _resume(trainer, settings.resume, settings, ranks)
+    if settings.batchsize > len(samples):
+        caution(
+            f"--batchsize {settings.batchsize} is more than the {len(samples)} training images: a batch "
+            "holds some of them several times."
+        )
     return Run(settings, ranks, model, trainer)
 
 
@@ -159,9 +173,9 @@ class LearningRate(Extension):
 
 
 def scaling_state(optimizer: Any) -> tuple[int, float]:
-    """How many steps were skipped so far, and the scale of the loss now; (0, 1) without loss scaling."""
+    """How many steps were skipped so far, and the scale of the loss now, 1 without loss scaling."""
     overflow = getattr(optimizer, "overflow", None)
-    return (0, 1.0) if overflow is None else (overflow.skipped, 2.0**overflow.exponent)
+    return (optimizer.skipped, 1.0) if overflow is None else (overflow.skipped, 2.0**overflow.exponent)
 
 
 def method_name(settings: Settings) -> str:
@@ -193,20 +207,30 @@ def _open_inputs(settings: Settings) -> tuple[JoinedDatasets, JoinedDatasets, SS
     kind = DATASETS[settings.dataset]
     train_set, test_set = kind.open_train(settings.dataset_dir), kind.open_test(settings.dataset_dir)
     weights = find_pretrained(settings.pretrained, settings.model_dir)
-    model = build_model(settings.model, len(kind.classes), settings.initializer, settings.seed)
+    model = build_model(
+        settings.model, len(kind.classes), settings.initializer, settings.seed, settings.variances
+    )
     if weights is not None:
         load_weights(weights, model, partial=True)
     return train_set, test_set, model
 
 
-def _extend(
-    trainer: Trainer, settings: Settings, ranks: Alone, detector: Detector, test_set: JoinedDatasets
-) -> None:
+def _extend(trainer: Trainer, settings: Settings, ranks: Alone, model: SSD, test_set: JoinedDatasets) -> None:
     last = settings.iteration
     optimizer = trainer.updater.get_optimizer("main")
     evaluated = at([*settings.step, last])
     # An evaluation has a row of its own, or the row would hold a mean over two of them.
     logged = either(every(settings.log_interval, last), evaluated)
+    detector = Detector(
+        model,
+        decoder=settings.decoder,
+        nms_thresh=settings.nms_threshold,
+        limit=settings.top_k,
+        batch_size=settings.test_batchsize,
+    )
+
+    def skipped() -> int:
+        return scaling_state(optimizer)[0]
 
     def report_state(trainer: Trainer) -> None:
         skipped, scale = scaling_state(optimizer)
@@ -214,14 +238,18 @@ def _extend(
 
     def report_precision(trainer: Trainer) -> None:
         precisions = evaluate(detector, test_set, ranks)
-        if precisions is not None:
+        mean = None if precisions is None else mean_precision(precisions)
+        if mean is not None:
             names = DATASETS[settings.dataset].classes
             found = {f"ap/{name}": ap for name, ap in zip(names, precisions, strict=True) if np.isfinite(ap)}
-            chainer.report({"map": np.nanmean(precisions), **found})
+            chainer.report({"map": mean, **found})
 
     trainer.extend(report_state, name="State", trigger=logged, priority=PRIORITY_WRITER + 1)
     trainer.extend(LearningRate(optimizer, settings), priority=PRIORITY_WRITER)
     trainer.extend(report_precision, name="Precision", trigger=evaluated, priority=PRIORITY_WRITER)
+    trainer.extend(LeavesOutSkippedSteps(skipped), name="LeavesOutSkippedSteps")
+    trainer.extend(BestWeights(model, ranks), name="BestWeights", trigger=evaluated)
+    trainer.extend(LastGoodWeights(model, skipped, logged), name="LastGoodWeights", trigger=(1, "iteration"))
     add_reports(trainer, ranks, logged, last, settings.tensorboard)
     trainer.extend(RandomState(), name="RandomState", trigger=at([]))
     checkpoints = Checkpoints(settings.out / FOLDER, settings.numerics(), ranks)
@@ -233,6 +261,11 @@ def _resume(trainer: Trainer, wanted: str, settings: Settings, ranks: Alone) -> 
     iteration = resume(trainer, origin, settings.numerics(), ranks)
     if iteration is None:
         ranks.together(lambda: _check_that_a_run_may_begin(wanted, settings.out))
+    elif iteration > settings.iteration:
+        raise SharedInputError(
+            f"The checkpoint in {origin} is of a run that is {iteration} iterations long already, and "
+            f"--iteration is {settings.iteration}: use at least {iteration}, or another --out."
+        )
     elif ranks.rank == 0:
         print(f"Goes on after iteration {iteration}.", flush=True)
 

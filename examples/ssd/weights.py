@@ -7,14 +7,16 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import chainer
 import numpy as np
+from chainer.backends import cuda
 from chainer.dataset.download import get_dataset_root
 from chainercv.links import SSD300
 from chainercv.links.model.ssd import SSD
 from chainercv.utils import download_model
 
+from coding import VARIANCES
 from errors import InputError
+from files import flush_to_disk
 from models import BOXES_IN_FIRST_CELLS
 
 IMAGENET_URL = SSD300._models["imagenet"]["url"]
@@ -25,6 +27,7 @@ MODEL_MARKS = {
     "extractor/conv6/W": "small",
 }
 FIRST_HEAD = "multibox/conf/0/b"
+VARIANCES_KEY = "variances"
 
 
 def find_pretrained(pretrained: str, model_dir: Path | None) -> Path | None:
@@ -87,21 +90,32 @@ def load_weights(path: Path, model: SSD, partial: bool = False) -> None:
         parameters[name].array[...] = arrays[name]
 
 
-def save_weights(path: Path, model: SSD) -> None:
-    """Write a model's weights; a file of that name is replaced when the new one is complete."""
+def weights_of(model: SSD) -> dict[str, np.ndarray]:
+    """What a file of a model's weights holds: parameters by path, and variances where they are not the usual
+    ones, since offsets mean nothing without."""
+    arrays = {path.lstrip("/"): cuda.to_cpu(parameter.array) for path, parameter in model.namedparams()}
+    unusual = tuple(model.coder._variance) != VARIANCES
+    return arrays | ({VARIANCES_KEY: np.array(model.coder._variance)} if unusual else {})
+
+
+def save_weights(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays; a file of that name is replaced when the new one is complete."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         # Weights hardly shrink, and large models would take seconds.
-        chainer.serializers.save_npz(file, model, compression=False)
+        np.savez(file, **arrays)
+        flush_to_disk(file)
     os.replace(partial, path)
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds: a model's name, its number of classes without the background, a dtype."""
+    """What a file of weights holds: a model's name, its number of classes without the background, a dtype,
+    the variances of its default boxes."""
 
     model: str
     n_fg_class: int
     dtype: np.dtype
+    variances: tuple[float, float]
 
 
 def identify(path: Path) -> Contents:
@@ -110,5 +124,7 @@ def identify(path: Path) -> Contents:
     for mark, name in MODEL_MARKS.items():
         if mark in arrays and FIRST_HEAD in arrays:
             bias = arrays[FIRST_HEAD]
-            return Contents(name, bias.size // BOXES_IN_FIRST_CELLS - 1, bias.dtype)
+            centre, size = arrays.get(VARIANCES_KEY, VARIANCES)
+            n_fg_class = bias.size // BOXES_IN_FIRST_CELLS - 1
+            return Contents(name, n_fg_class, bias.dtype, (float(centre), float(size)))
     raise InputError(f"{path} holds weights of no model known here: small, ssd300 or ssd512.")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import chainer
 import numpy as np
@@ -138,7 +139,7 @@ def test_boxes_come_in_the_pixels_of_the_image(small_model):
 def test_many_images_go_through_in_batches(small_model, n_images):
     images = np.random.default_rng(4).integers(0, 256, size=(n_images, 3, 96, 96)).astype(np.uint8)
     small = Detector(small_model, 0.08)
-    found = detect_all(small, iter(images), batch_size=2)
+    found = detect_all(replace(small, batch_size=2), iter(images))
     assert len(found) == n_images
     for boxes, image in zip(found, images, strict=True):
         (alone,) = small.detect([image])

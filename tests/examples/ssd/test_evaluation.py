@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from chainercv.evaluations import eval_detection_voc
 
-from data_voc import Objects
+from annotations import Objects
 from detector import Boxes
 from evaluation import average_precisions
 

@@ -103,7 +103,7 @@ def test_one_failing_rank_ends_all_with_its_error(digits, tmp_path):
     broken = shutil.copytree(digits, tmp_path / "digits")
     path = broken / "VOC2007" / "JPEGImages" / f"{index + 1:06d}.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    more = ("--iteration", 9, "--dtype", "float32")
+    more = ("--iteration", 9, "--dtype", "float32", "--no-check")
     result = run_script("train_multi.py", *arguments(broken, tmp_path / "run", *more), ranks=2)
     assert result.returncode == 2
     assert "rank 1 of 2 failed, ending all: error: " in result.stderr

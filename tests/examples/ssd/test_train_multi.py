@@ -147,7 +147,7 @@ def test_a_tiny_loss_underflows_without_a_scale_and_not_with_one(digits, tmp_pat
 
 def test_a_diverged_run_ends_with_a_message_and_a_result(digits, tmp_path, capsys):
     arguments = ("--iteration", 50, "--dtype", "float32", "--lr", "1e30")
-    assert train(digits, tmp_path / "run", *arguments) == 0
+    assert train(digits, tmp_path / "run", *arguments) == 3
     result = read(tmp_path / "run" / "result.json")
     assert result["outcome"] == "diverged"
     assert result["map"] is None
@@ -156,12 +156,17 @@ def test_a_diverged_run_ends_with_a_message_and_a_result(digits, tmp_path, capsy
     assert "Training diverged" in printed.out
     assert "diverged after" in printed.out.splitlines()[-1]
     assert "Traceback" not in printed.out + printed.err
-    assert not (tmp_path / "run" / "model.npz").exists()
+    assert "model.npz holds the last good weights, those after 0 iterations." in printed.out
+    start = {path.lstrip("/"): p for path, p in build_model("small", 10, "lecun-uniform", 0).namedparams()}
+    kept = weights(tmp_path / "run")
+    assert kept.keys() == start.keys()
+    for name, array in kept.items():
+        np.testing.assert_array_equal(array, start[name].array)
 
 
 def test_mixed_precision_that_keeps_overflowing_is_diverged(digits, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train(digits, out, "--iteration", 200, "--lr", "1e30", *METHODS["fixed 128"]) == 0
+    assert train(digits, out, "--iteration", 200, "--lr", "1e30", *METHODS["fixed 128"]) == 3
     result = read(out / "result.json")
     assert result["outcome"] == "diverged"
     assert result["skipped_steps"] > 0
