@@ -174,8 +174,8 @@ class LearningRate(Extension):
 
 def scaling_state(optimizer: Any) -> tuple[int, float]:
     """How many steps were skipped so far, and the scale of the loss now, 1 without loss scaling."""
-    overflow = getattr(optimizer, "overflow", None)
-    return (optimizer.skipped, 1.0) if overflow is None else (overflow.skipped, 2.0**overflow.exponent)
+    entry = getattr(optimizer, "entry_scale", None)
+    return (optimizer.skipped, 1.0) if entry is None else (entry.skipped, entry.scale)
 
 
 def method_name(settings: Settings) -> str:
