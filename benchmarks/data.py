@@ -25,16 +25,16 @@ import chainer  # isort: skip  (made importable by the workloads)
 from chainer.backends import cuda
 from chainer.dataset import concat_examples
 
-from arguments import SMALL_RECIPE
+from annotations import Objects
 from augmentation import augment
 from batches import Schedule
-from data_voc import Objects
 from datasets import DATASETS
 from detector import EVALUATION_THRESH, Detector, pick_boxes, softmax
 from encoding import Detections, Sample, TrainingSamples
 from evaluation import evaluate
 from optimization import learning_rate
 from ranks import Alone
+from recipes import SMALL_RECIPE
 
 METHOD = "auto"
 BATCHSIZE = 8
