@@ -2,7 +2,7 @@
 
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 
-from ada_loss.chainer import backward, extensions, functions, kernels, links
+from ada_loss.chainer import backward, extensions, functions, grad, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.scaled import AdaLossScaled
@@ -28,3 +28,4 @@ kernels.use("numpy")
 
 # Gradients in a scope carry exponents; every other graph is left to Chainer's own engine.
 backward.install()
+grad.install()

@@ -23,7 +23,8 @@ from __future__ import annotations
 import functools
 import heapq
 import inspect
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import chainer
@@ -43,6 +44,11 @@ from ada_loss.chainer.user_functions import is_users, users_gradients
 
 Inputs = list[tuple[VariableNode, InFlight]]
 
+UNSCALED = (
+    "Gradients that are to be differentiated again (enable_double_backprop) are not scaled: float16 loses "
+    "small ones. Compute that part of the model in float32."
+)
+
 
 class BackwardPass:
     """One pass over a graph: gradients that have arrived, functions that wait, leaves that were reached."""
@@ -54,11 +60,22 @@ class BackwardPass:
         self._seen: set[Any] = set()
         self._leaves: dict[VariableNode, bool] = {}
 
-    def run(self, outputs: Iterable[tuple[VariableNode, InFlight | None]], tag: Tag | None = None) -> None:
-        """Go from `outputs` to the leaves; tag: that of the function whose gradients these are, if any."""
+    def run(
+        self,
+        outputs: Iterable[tuple[VariableNode, InFlight | None]],
+        tag: Tag | None = None,
+        starts: Iterable[VariableNode] | None = None,
+    ) -> None:
+        """Go from `outputs` to the leaves; tag: that of the function whose gradients these are, if any.
+
+        starts: the nodes from which to go, where not from all that have a gradient.
+        """
+        nodes = []
         for node, gradient in outputs:
+            nodes.append(node)
             if gradient is not None:
                 self._arrive(node, gradient, tag)
+        for node in nodes if starts is None else starts:
             self._enqueue(node.creator_node)
         while self._waiting:
             _, _, function = heapq.heappop(self._waiting)
@@ -86,7 +103,7 @@ class BackwardPass:
     def _visit(self, function: Any) -> None:
         outputs = [reference() for reference in function.outputs]
         gys = [None if y is None or y.creator_node is None else self.pop(y) for y in outputs]
-        targets = tuple(index for index, x in enumerate(function.inputs) if x.requires_grad)
+        targets = self._targets(function)
         if not targets:
             return
         tag = tag_of(function)
@@ -106,6 +123,12 @@ class BackwardPass:
                 self._gradients[node] = [_total(node, self._gradients[node], tag)]
             self._enqueue(node.creator_node)
 
+    def _targets(self, function: Any) -> tuple[int, ...]:
+        return tuple(index for index, x in enumerate(function.inputs) if x.requires_grad)
+
+    def _present(self, leaf: VariableNode) -> list[InFlight]:
+        return _take_present(leaf)
+
     def _retain(self, outputs: list[Any], gys: tuple[Any, ...], exponent: int) -> None:
         for y, gy in zip(outputs, gys, strict=True):
             if y is not None:
@@ -116,7 +139,7 @@ class BackwardPass:
         creator = node.creator_node
         if creator is None:
             if node not in self._leaves:
-                self._gradients[node] = _take_present(node)
+                self._gradients[node] = self._present(node)
             self._leaves[node] = self._leaves.get(node, False) or tag is not None
         elif tag is None and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
@@ -281,16 +304,34 @@ def _at_exponent_around(gradient: InFlight) -> InFlight:
 
 def _holds_scope(outputs: Any) -> bool:
     """Whether any function from `outputs` on upstream belongs to a scope."""
+    return any(tag_of(function) is not None for function in _upstream(outputs))
+
+
+def _upstream(outputs: Any) -> Iterator[Any]:
+    """Every function from `outputs` on upstream, once."""
     waiting = [node.creator_node for node, _ in outputs]
     seen = set()
     while waiting:
         function = waiting.pop()
-        if function is None or function in seen:
-            continue
-        if tag_of(function) is not None:
-            return True
-        seen.add(function)
-        waiting += [x.creator_node for x in function.inputs if x.requires_grad]
+        if function is not None and function not in seen:
+            yield function
+            seen.add(function)
+            waiting += [x.creator_node for x in function.inputs if x.requires_grad]
+
+
+def is_ours(outputs: Any, loss_scale: float | None) -> bool:
+    """Whether a pass from `outputs` (pairs of nodes and gradients) is for this engine and not for Chainer's.
+
+    Gradients that are to be differentiated again are Chainer's: unscaled, of which a warning tells where they
+    are float16. A RuntimeError if they have a loss scale, which the second pass would not know of.
+    """
+    if not chainer.config.enable_backprop:
+        return bool(backward_state.exponent()) or _holds_scope(outputs)
+    scoped = [function for function in _upstream(outputs) if tag_of(function) is not None]
+    if scoped and loss_scale not in (None, 1):
+        raise RuntimeError("Double backpropagation through AdaLossScaled takes no loss scale: leave it out.")
+    if any(x.dtype == np.float16 for function in scoped for x in function.inputs):
+        warnings.warn(UNSCALED, stacklevel=4)
     return False
 
 
@@ -301,12 +342,9 @@ _chainers_engine = inspect.unwrap(_backprop._backprop_to_all)
 @functools.wraps(_chainers_engine)
 def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) -> None:
     if chainer.config.enable_backprop:
-        if loss_scale not in (None, 1) and _holds_scope(outputs):
-            raise RuntimeError(
-                "Double backpropagation through AdaLossScaled takes no loss scale: leave it out."
-            )
+        is_ours(outputs, loss_scale)
         _chainers_engine(outputs, retain_grad, loss_scale)
-    elif not backward_state.exponent() and not _holds_scope(outputs):
+    elif not is_ours(outputs, loss_scale):
         with backward_state.noted(loss_scale, chainers=True):
             _chainers_engine(outputs, retain_grad, loss_scale)
     else:

@@ -19,14 +19,18 @@ from typing import Any
 class Changes:
     """What user code changes while it is handed gradients that carry `exponent`.
 
-    kept: whether what was there before is kept, so that changes can be undone. checked: whether the function
+    hook: whether it is a hook and no function's backward. kept: whether what was there before is kept, so
+    that changes can be undone. checked: whether the function
     that runs is checked to be linear, and those inside it need not be. parameters: each that was changed with
     what it held before, by id. leaves: variables that a pass inside gave a gradient, with the one before and
     that one, arrays or None, by id. communicates: whether a function inside has averaged over processes.
     """
 
-    def __init__(self, exponent: int = 0, *, kept: bool = False, checked: bool = False) -> None:
+    def __init__(
+        self, exponent: int = 0, *, hook: bool = False, kept: bool = False, checked: bool = False
+    ) -> None:
         self.exponent = exponent
+        self.hook = hook
         self.kept = kept
         self.checked = checked
         self.parameters: dict[int, tuple[Any, Any]] = {}
@@ -100,19 +104,26 @@ def exponent() -> int:
     return _passes.changes.exponent
 
 
+def in_users_backward() -> bool:
+    """Whether backward of a user's function runs, and not a hook."""
+    return _passes.changes is not _NONE and not _passes.changes.hook
+
+
 def changes() -> Changes:
     """What the user code that is running inside a pass has changed so far."""
     return _passes.changes
 
 
 @contextmanager
-def carrying(exponent: int, *, kept: bool = False, checked: bool = False) -> Iterator[Changes]:
+def carrying(
+    exponent: int, *, hook: bool = False, kept: bool = False, checked: bool = False
+) -> Iterator[Changes]:
     """Within it user code runs that is handed gradients which carry `exponent`; gives what it changes.
 
-    kept, checked: see `Changes`; so they are inside code that is.
+    hook, kept, checked: see `Changes`; the latter two are inherited by code inside.
     """
     around = _passes.changes
-    mine = Changes(exponent, kept=kept or around.kept, checked=checked or around.checked)
+    mine = Changes(exponent, hook=hook, kept=kept or around.kept, checked=checked or around.checked)
     _passes.changes = mine
     try:
         yield mine

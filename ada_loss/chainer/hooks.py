@@ -32,11 +32,11 @@ def hooked(function: Any, gys: tuple[Any, ...], exponent: int) -> Iterator[Gradi
             yield gys, exponent
             return
         seen = tuple(None if gy is None else _true(gy, exponent) for gy in gys)
-        with backward_state.carrying(0):
+        with backward_state.carrying(0, hook=True):
             for hook in hooks:
                 hook.backward_preprocess(function, in_data, seen)
         yield _taken_back(seen, gys, exponent)
-        with backward_state.carrying(0):
+        with backward_state.carrying(0, hook=True):
             for hook in hooks:
                 hook.backward_postprocess(function, in_data, seen)
 

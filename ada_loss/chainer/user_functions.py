@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import chainer
 import numpy as np
 
+from ada_loss.arrays.casting import cast
 from ada_loss.arrays.statistics import all_finite, largest_magnitude
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import shifted
@@ -97,7 +98,7 @@ def users_gradients(
     halves = _half_floats(function, targets, gys)
     if not halves or all(gy is None or not gy.any() for gy in gys):
         with backward_state.carrying(0):
-            return backward_arrays(function, targets, _shifted(gys, -exponent)), 0
+            return _backward(function, targets, _shifted(gys, -exponent)), 0
     if halves == {"inputs"}:
         gys, exponent = _ready_to_round(gys, exponent, headroom)
     calls = _Calls(function, targets, checked=not _is_declared(function))
@@ -150,7 +151,7 @@ class _Calls:
         for policy, counted in self._counted.items():
             policy.count_from(counted)
         with backward_state.carrying(exponent, kept=True, checked=self._checked) as changes:
-            gxs = backward_arrays(self._function, self._targets, given)
+            gxs = _backward(self._function, self._targets, given)
         after = {key: parameter.exchange(before) for key, (parameter, before) in changes.parameters.items()}
         for reference, before, _ in changes.leaves.values():
             _set_gradient(reference(), before)
@@ -194,6 +195,16 @@ class _Calls:
             if all(_is_held(gx) for gx in _present(found.gxs)):
                 return found
         raise RuntimeError(NOT_LINEAR.format(name=_name(self._function), exponent=result.exponent))
+
+
+def _backward(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Backward of a function; what became float32 in it, as gradients of parameters are, is rounded."""
+    gxs = zip(targets, backward_arrays(function, targets, gys), strict=True)
+    halves = [index for index in targets if function.inputs[index].dtype == np.float16]
+    return tuple(
+        cast(gx, np.float16) if index in halves and gx is not None and gx.dtype == np.float32 else gx
+        for index, gx in gxs
+    )
 
 
 def _shift_to_the_true(result: _Result, gys: tuple[Any, ...]) -> int:
