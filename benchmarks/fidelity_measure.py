@@ -19,7 +19,7 @@ import numpy as np
 
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.rules import floor_log2
+from ada_loss.core.maths import floor_log2
 
 Gradients = dict[str, np.ndarray]
 """True gradients in float64, by parameter path; what is not finite stays so."""

@@ -6,47 +6,55 @@ which `test_device_statistics` runs, are left out.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ada_loss.arrays import device_statistics
-
-LOOKS = ("largest_magnitude", "all_finite")
-"""The functions of `ada_loss.arrays.statistics` that wait for a GPU, besides `fetch`."""
+from ada_loss.arrays import casting, device_statistics, library
+from ada_loss.arrays.on_cupy import CuPy
 
 
-class PretendedGpu(ModuleType):
-    """Stands for the module cupy.
-
-    transfers: how often figures were fetched from the device. looks: how often single arrays were looked at,
-    each of which makes a GPU wait.
-    """
+class PretendedModule(ModuleType):
+    """Stands for the module cupy."""
 
     def __init__(self) -> None:
         super().__init__("pretended_gpu")
-        self.transfers = 0
-        self.looks = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
-    def concatenate(self, vectors: list[Any]) -> Any:
+
+class PretendedGpu(CuPy):
+    """The library of CuPy's arrays, on NumPy's.
+
+    transfers: how often figures were fetched from the device. looks: how often arrays were looked at, each of
+    which makes a GPU wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(PretendedModule())
+        self.transfers = self.looks = 0
+
+    def cast(self, array: Any, dtype: Any) -> Any:
+        return casting.cast(array, dtype)
+
+    def all_finite(self, arrays: Sequence[Any]) -> bool:
+        self.looks += 1
+        return super().all_finite(arrays)
+
+    def _transfer(self, vectors: Sequence[Any]) -> list[float]:
         self.transfers += 1
-        return np.concatenate(vectors)
+        return super()._transfer(vectors)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     """Let ada_loss take every array for one of a GPU."""
     gpu = PretendedGpu()
     monkeypatch.setattr(device_statistics, "figures", figures)
-    _replace(monkeypatch, "module_of", lambda _: lambda array: gpu)
-    for look in LOOKS:
-        _replace(monkeypatch, look, lambda plain: _noted(gpu, plain))
+    monkeypatch.setattr(library, "_library_of_class", lambda cls: gpu)
     return gpu
 
 
@@ -58,20 +66,3 @@ def figures(xp: Any, array: Any, logs: bool) -> Any:
     largest = magnitudes.max() if np.isfinite(magnitudes).all() else np.inf
     sums = (logarithms.sum(), (logarithms**2).sum())
     return np.array([nonzero.size, (nonzero**2).sum(), largest, nonzero.min(initial=np.inf), *sums])
-
-
-def _replace(monkeypatch: pytest.MonkeyPatch, name: str, made: Callable[[Any], Any]) -> None:
-    """Put another function in place of one of `ada_loss.arrays.statistics`, wherever it was imported."""
-    plain = getattr(sys.modules["ada_loss.arrays.statistics"], name)
-    other = made(plain)
-    for module in [module for path, module in sys.modules.items() if path.startswith("ada_loss")]:
-        if getattr(module, name, None) is plain:
-            monkeypatch.setattr(module, name, other)
-
-
-def _noted(gpu: PretendedGpu, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def look(arrays: Any) -> Any:
-        gpu.looks += 1
-        return plain(arrays)
-
-    return look

@@ -249,7 +249,7 @@ def _decided(
         if product.data in targets:
             chosen = tag.scope.choose_for_product(tag.point, function, product, gy, exponent)
             if chosen.shift or scales_sums:
-                gx = input_gradient(function, product, gy, chosen.shift, chosen.range.room)
+                gx = input_gradient(function, product, gy, chosen.shift, chosen.range.max_weight_shift)
                 found[product.data] = (gx, exponent + chosen.shift)
     if scales_sums:
         backoff = tag.scope.policy.entry.backoff

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from chainer.functions.math.basic_math import Add, MultiAdd
 
-from ada_loss.arrays.casting import cast
-from ada_loss.arrays.statistics import largest_magnitude, module_of
+from ada_loss.arrays.library import amax_of, cast, library_of
+from ada_loss.core.alignment import HEADROOM, aligned_exponent
 
 _FLOAT32_EXPONENTS = 100
 """Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""
-
-
-HEADROOM = 6
-"""How many powers of two a sum keeps to the largest number of its format when its exponent is raised."""
 
 
 class InFlight(NamedTuple):
@@ -36,7 +31,7 @@ def shifted(array: Any, shift: int, dtype: Any = None, *, reuse: bool = False) -
     dtype = np.dtype(dtype or array.dtype)
     if shift == 0:
         return cast(array, dtype)
-    xp = module_of(array)
+    xp = library_of(array).module
     wide = cast(array, np.promote_types(array.dtype, np.float32))
     while shift:
         step = max(-_FLOAT32_EXPONENTS, min(shift, _FLOAT32_EXPONENTS))
@@ -65,7 +60,7 @@ Peaks = Callable[[Sequence[InFlight]], list[float]]
 
 def largest_magnitudes(gradients: Sequence[InFlight]) -> list[float]:
     """The largest magnitude of each array, by looking; on a GPU this waits for it."""
-    return [largest_magnitude(gradient.array) for gradient in gradients]
+    return [amax_of(gradient.array) for gradient in gradients]
 
 
 class Meeting(NamedTuple):
@@ -114,28 +109,11 @@ def add(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE, *, wide: boo
 
 
 def _common_exponent(gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]]) -> int:
-    exponents = {gradient.exponent for gradient in gradients}
-    largest = max(exponents)
-    if len(exponents) == 1 and (len(gradients) == 1 or np.dtype(np.float16) not in dtypes):
-        return largest
-    return _safe_exponent(gradients, meeting, dtypes, largest)
-
-
-def _safe_exponent(
-    gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]], largest: int
-) -> int:
+    exponents = [gradient.exponent for gradient in gradients]
+    agree = len(set(exponents)) == 1
+    if agree and (len(gradients) == 1 or np.dtype(np.float16) not in dtypes):
+        return exponents[0]
     # Gradients that are aligned without being added may be of several types.
     limit = min(float(np.finfo(dtype).max) for dtype in dtypes)
-    present = [
-        (peak, g.exponent) for peak, g in zip(meeting.peaks(gradients), gradients, strict=True) if peak
-    ]
-    smallest = min((exponent for _, exponent in present), default=largest)
-    # At the smallest exponent nothing is scaled up, so Python's own range is enough.
-    total = math.fsum(math.ldexp(peak, smallest - exponent) for peak, exponent in present)
-    if not total or not math.isfinite(total):
-        return largest
-    room = -math.frexp(total / limit)[1]
-    if len(dtypes) == 1:
-        # None of so many can be larger than the limit, whatever is taken for their peaks.
-        room = max(room, -(len(gradients) - 1).bit_length())
-    return min(largest, smallest + max(room - meeting.headroom, min(room, 0)))
+    amaxes = meeting.peaks(gradients)
+    return aligned_exponent(amaxes, exponents, limit, headroom=meeting.headroom, bounded=len(dtypes) == 1)

@@ -9,10 +9,10 @@ from typing import Any
 import chainer
 import numpy as np
 
-from ada_loss.arrays.statistics import largest_magnitude
+from ada_loss.arrays.library import amax_of
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import shifted
-from ada_loss.core.rules import floor_log2
+from ada_loss.core.maths import floor_log2
 
 Gradients = tuple[tuple[Any, ...], int]
 """Arrays or None, and the exponent that all of them carry."""
@@ -75,8 +75,8 @@ def _taken_back(seen: tuple[Any, ...], gys: tuple[Any, ...], exponent: int) -> G
             if new is not old and _is_writeable(old):
                 old[...] = shifted(new, exponent)
         return gys, exponent
-    before = max(largest_magnitude(old) for _, old in halves)
-    after = max(largest_magnitude(new) for new, _ in halves)
+    before = max(amax_of(old) for _, old in halves)
+    after = max(amax_of(new) for new, _ in halves)
     if 0 < before < np.inf and 0 < after < np.inf:
         exponent = floor_log2(before) - floor_log2(after)
     back = (shifted(new, exponent, old.dtype) for new, old in pairs)

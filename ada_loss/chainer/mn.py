@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from chainermn.optimizers import _DoubleBufferingOptimizer
 from mpi4py import MPI
 
-from ada_loss.arrays.statistics import largest_magnitude
+from ada_loss.arrays.library import amax_of, deferred_amax
 from ada_loss.chainer.gradient import InFlight, shifted
 from ada_loss.chainer.optimizer import (
     PreparedOptimizer,
@@ -23,15 +22,11 @@ from ada_loss.chainer.optimizer import (
     unique_parameters,
 )
 from ada_loss.chainer.parameters import ScaledParameter
-from ada_loss.chainer.policy import Learned
 from ada_loss.chainer.snapshot import load_optional
+from ada_loss.core import agreement
+from ada_loss.core.decision import StepMeasurements
+from ada_loss.core.deferred import fetch
 from ada_loss.core.formats import FLOAT16
-
-_NONE = np.iinfo(np.int32).max
-"""Stands for the exponent of a gradient that a rank does not have."""
-
-_ZERO = _NONE - 1
-"""Stands for the exponent of a gradient of zeros: any will do."""
 
 
 class PreparedMultiNodeOptimizer:
@@ -62,7 +57,7 @@ class PreparedMultiNodeOptimizer:
             return
         parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
         policies = [scope.policy for scope in scopes(target)]
-        nothing_begun = [int(not policy.measures) for policy in policies]
+        nothing_begun = [int(not policy.has_measurements) for policy in policies]
         exponents, nothing_begun = lend_at_agreed_exponents(parameters, self.communicator, nothing_begun)
         try:
             self.communicator.multi_node_mean_grad(target, self.zero_fill)
@@ -72,7 +67,7 @@ class PreparedMultiNodeOptimizer:
         for policy, nothing in zip(policies, nothing_begun, strict=True):
             # What one rank has begun to measure, perhaps of a layer with a timing of its own, concerns all.
             if not nothing:
-                policy.learn(partial(agreed_by_all, communicator=self.communicator))
+                policy.use_measurements(partial(agreed_by_all, communicator=self.communicator))
         self.actual_optimizer.update()
 
     def is_changed(self, target: chainer.Link) -> bool:
@@ -144,55 +139,40 @@ def lend_at_agreed_exponents(
     """
     gradients = [parameter.true_gradient() for parameter in parameters]
     present = [gradient for gradient in gradients if gradient is not None]
-    peaks = iter(_peaks(present))
+    amaxes = iter(fetch([deferred_amax(gradient) for gradient in present]))
     limit = FLOAT16.max / communicator.size
-    wanted = [_NONE if gradient is None else _largest_exponent(next(peaks), limit) for gradient in gradients]
-    smallest = _minimum([*wanted, *others], communicator)
-    agreed, others = smallest[: len(wanted)], smallest[len(wanted) :]
-    exponents = [0 if exponent >= _ZERO else exponent for exponent in agreed]
+    bids = [
+        agreement.ABSENT if gradient is None else agreement.bid(next(amaxes), limit) for gradient in gradients
+    ]
+    smallest = _minimum([*bids, *others], communicator)
+    agreed, others = smallest[: len(bids)], smallest[len(bids) :]
+    exponents = [agreement.exponent_of(exponent) for exponent in agreed]
     for parameter, gradient, exponent, known in zip(parameters, gradients, exponents, agreed, strict=True):
         xp = parameter.device.xp
-        if gradient is None and known != _NONE:
+        if gradient is None and known != agreement.ABSENT:
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
         # Communicators send memory as it lies, and some receive it in C's order.
         parameter.lend(None if gradient is None else xp.ascontiguousarray(shifted(gradient, exponent)))
     return exponents, others
 
 
-def agreed_by_all(mine: Learned, *, communicator: Any) -> Learned:
+def agreed_by_all(mine: StepMeasurements, *, communicator: Any) -> StepMeasurements:
     """What all ranks have measured, each site's taken together; with it they choose the same shifts."""
-    return communicator.mpi_comm.allreduce(mine, op=Learned.merged)
+    return communicator.mpi_comm.allreduce(mine, op=StepMeasurements.merged)
 
 
 def at_agreed_exponent(gradient: InFlight, communicator: Any) -> InFlight:
     """A gradient that all ranks hold a part of, at one exponent: the largest of theirs at which none
     overflows."""
     array, exponent = gradient
-    peak = largest_magnitude(array)
-    room = _largest_exponent(peak, float(np.finfo(array.dtype).max))
-    room, negated = _minimum([exponent + room, -exponent] if peak else [_ZERO, _ZERO], communicator)
-    agreed = 0 if room == _ZERO else min(room, -negated)
+    limit = float(np.finfo(array.dtype).max)
+    bids = agreement.scaled_bids(amax_of(array), limit, exponent)
+    agreed = agreement.scaled_exponent(*_minimum(bids, communicator))
     return InFlight(shifted(array, agreed - exponent), agreed)
 
 
-def _largest_exponent(peak: float, limit: float) -> int:
-    """The largest k at which peak * 2**k is at most `limit`; 0 where the peak is not finite and nothing
-    helps."""
-    if peak == 0:
-        return _ZERO
-    return math.frexp(limit / peak)[1] - 1 if math.isfinite(peak) else 0
-
-
-def _minimum(values: list[int], communicator: Any) -> list[int]:
+def _minimum(values: Sequence[int], communicator: Any) -> list[int]:
     """The smallest value over the ranks, at each place of a list."""
     smallest = np.array(values, np.int32)
     communicator.mpi_comm.Allreduce(MPI.IN_PLACE, smallest, op=MPI.MIN)
     return smallest.tolist()
-
-
-def _peaks(arrays: list[Any]) -> list[float]:
-    """The largest magnitude of each array, with one transfer for all of them from a GPU."""
-    xp = chainer.backend.get_array_module(*arrays)
-    if xp is np:
-        return [largest_magnitude(array) for array in arrays]
-    return xp.stack([abs(array).max(initial=0) for array in arrays]).tolist()

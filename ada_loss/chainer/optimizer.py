@@ -11,8 +11,7 @@ from typing import Any
 import chainer
 import numpy as np
 
-from ada_loss.arrays.casting import cast
-from ada_loss.arrays.statistics import all_finite
+from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled

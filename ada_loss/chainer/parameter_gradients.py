@@ -1,7 +1,7 @@
 """Gradients that add up many elements of gy, over a batch or over positions: those of parameters above all.
 
 What gy's size says of a layer's input gradient it does not say of these: they can be larger by thousands.
-Rules that promise never to overflow (`AdaLossConfig.scales_sums`) therefore give them exponents of their own.
+Rules that promise never to overflow (`Rule.scales_sums`) therefore give them exponents of their own.
 On a GPU, where looking at a sum would mean to wait for it, they share the exponent of gy as under the paper's
 rules, and a step in which one overflows is skipped.
 """
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ada_loss.arrays.statistics import all_finite, largest_magnitude, module_of
-from ada_loss.chainer.gradient import HEADROOM, InFlight, shifted
+from ada_loss.arrays.library import all_finite, amax_of, library_of
+from ada_loss.chainer.gradient import InFlight, shifted
 from ada_loss.chainer.kernels.elementwise import float32_total
 from ada_loss.chainer.products import backward_arrays, backward_with_weight, products_of
+from ada_loss.core.alignment import HEADROOM
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.rules import floor_log2
+from ada_loss.core.maths import floor_log2
 
 _LEAF_HEADROOM = 1
 """How many powers of two the gradient of a parameter keeps to the largest float16: so much as an addition
@@ -42,7 +43,7 @@ def parameter_gradients(
     gy: the layer's output gradient, an array that carries `exponent`. backoff: of the entry scale.
     """
     products = products_of(function)
-    if gy.dtype != np.float16 or module_of(gy) is not np or len(products) != 1:
+    if gy.dtype != np.float16 or not library_of(gy).on_host or len(products) != 1:
         return {}
     weight, bias = products[0].weight, 2
     halves = [index for index in targets if function.inputs[index].dtype == np.float16]
@@ -56,7 +57,7 @@ def parameter_gradients(
         sums[bias] = float32_total(gy, (0, *range(2, gy.ndim)))
     found = {}
     for index, total in sums.items():
-        peak = largest_magnitude(total)
+        peak = amax_of(total)
         if math.isfinite(peak):
             computed = function.inputs[index].creator_node is not None
             found[index] = _rounded(total, exponent, peak, HEADROOM + backoff if computed else _LEAF_HEADROOM)
@@ -76,7 +77,7 @@ def gradients_in_range(
     present = [gy for gy in gys if gy is not None]
     size = max((gy.size for gy in present), default=0)
     sums = [place for place, index in enumerate(targets) if _adds_up(function.inputs[index], size)]
-    if not sums or not all(module_of(gy) is np for gy in present):
+    if not sums or not all(library_of(gy).on_host for gy in present):
         return gxs, exponent
     for _ in range(_RETREATS):
         if all_finite([gxs[place] for place in sums if gxs[place] is not None]) or not all_finite(present):

@@ -17,7 +17,7 @@ import chainer
 import numpy as np
 from chainer.variable import _allow_array_access_with_nonstandard_layout
 
-from ada_loss.arrays.casting import cast
+from ada_loss.arrays.library import cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import InFlight, add, shifted
 

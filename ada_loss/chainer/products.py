@@ -28,9 +28,9 @@ from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
 from chainer.functions.noise.simplified_dropconnect import SimplifiedDropconnect
 
-from ada_loss.arrays.casting import cast
-from ada_loss.arrays.statistics import module_of
+from ada_loss.arrays.library import cast, library_of
 from ada_loss.chainer.gradient import shifted
+from ada_loss.core.measurement import Factor
 
 _MOST_CARRIED = 60
 """The largest shift that rides on a weight of float32 or wider."""
@@ -149,14 +149,14 @@ def enters_float16(function: chainer.FunctionNode) -> bool:
     )
 
 
-def input_gradient(function: Any, product: Product, gy: Any, shift: int, room: float = 0) -> Any:
+def input_gradient(function: Any, product: Product, gy: Any, shift: int, max_weight_shift: int = 0) -> Any:
     """The gradient of input `product.data` times 2**shift, in that input's dtype, from gy, an array.
 
-    room: the largest shift that the weights carry in float16.
+    max_weight_shift: the largest that the weights carry in float16.
     """
     if shift == 0:
         return backward_arrays(function, (product.data,), (gy,))[0]
-    weight, gy = _scaled_operands(weight_of(function, product), gy, shift, room)
+    weight, gy = _scaled_operands(weight_of(function, product), gy, shift, max_weight_shift)
     gx = backward_with_weight(function, product, weight, product.data, gy)
     return cast(gx, function.inputs[product.data].dtype)
 
@@ -172,6 +172,17 @@ def backward_with_weight(function: Any, product: Product, weight: Any, target: i
         return backward_arrays(function, (target,), (gy,))[0]
     finally:
         del function.get_retained_inputs
+
+
+def factor_of(function: Any, product: Product, gy: Any) -> Factor:
+    """What the function multiplies gy (an array) by, for the gradient of input `product.data`."""
+    weight = function.inputs[product.weight].get_variable_or_none()
+    return Factor(
+        weight_of(function, product),
+        product.fan(function, gy),
+        product.channel_axis,
+        is_parameter=isinstance(weight, chainer.Parameter),
+    )
 
 
 def weight_of(function: Any, product: Product) -> Any:
@@ -199,17 +210,17 @@ def backward_arrays(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...
     return tuple(None if gx is None else gx.raw_array for gx in gxs)
 
 
-def _scaled_operands(weight: Any, gy: Any, shift: int, room: float) -> tuple[Any, Any]:
+def _scaled_operands(weight: Any, gy: Any, shift: int, max_weight_shift: int) -> tuple[Any, Any]:
     """Weight and gy with a product 2**shift times as large: the weight is scaled wherever that is exact.
 
     On NumPy a float16 weight becomes float32, in which the product is computed anyway. On a GPU, where both
-    stay float16, it is scaled up as far as there is `room`; a shift down is the gradient's.
+    stay float16, it is scaled up as far as there is `max_weight_shift`; a shift down is the gradient's.
     """
     if weight.dtype != np.float16:
         # Wide formats hold gradients so small that a weight cannot carry the whole shift.
         carried = max(-_MOST_CARRIED, min(shift, _MOST_CARRIED))
         return shifted(weight, carried), shifted(gy, shift - carried)
-    if module_of(weight) is np:
+    if library_of(weight).on_host:
         return shifted(weight, shift, np.float32), gy
-    carried = int(max(0, min(shift, room)))
+    carried = max(0, min(shift, max_weight_shift))
     return shifted(weight, carried), shifted(gy, shift - carried)

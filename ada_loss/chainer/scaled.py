@@ -14,7 +14,7 @@ from chainer import serializer as chainer_serializer
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
-from ada_loss.chainer.policy import ShiftPolicy
+from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.chainer.tagging import active_recorder
@@ -79,7 +79,7 @@ class AdaLossScaled(chainer.Link):
         _check(link)
         report, refused = transform(link, filter)
         become(link, _scaled_class(cls, type(link)))
-        vars(link)[NAME] = Scaling(ShiftPolicy(config, refused), report, dtype)
+        vars(link)[NAME] = Scaling(ChainerPolicy(config, refused), report, dtype)
         return link
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -205,7 +205,7 @@ def _true_gradient(parameter: chainer.Parameter) -> Any:
     return None if parameter.grad is None else parameter.grad.astype(np.float32)
 
 
-def _load_state(serializer: Any, policy: ShiftPolicy) -> None:
+def _load_state(serializer: Any, policy: ChainerPolicy) -> None:
     state = load_optional(serializer, "state")
     if state is None:
         policy.reset()

@@ -9,11 +9,12 @@ import chainer
 import numpy as np
 
 from ada_loss.chainer.fan_outs import FanOut
-from ada_loss.chainer.policy import Decision, ShiftPolicy
+from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.scope import Scope
 from ada_loss.chainer.tagging import LinkPaths
 from ada_loss.chainer.transforms import Report
 from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.decision import Decision
 
 
 class Scaling:
@@ -23,7 +24,7 @@ class Scaling:
     output_dtype: what float16 results of the model's call are cast to; None leaves them.
     """
 
-    def __init__(self, policy: ShiftPolicy, report: Report, output_dtype: np.dtype[Any] | None) -> None:
+    def __init__(self, policy: ChainerPolicy, report: Report, output_dtype: np.dtype[Any] | None) -> None:
         self.policy = policy
         self.report = report
         self.output_dtype = output_dtype
@@ -50,7 +51,7 @@ class Scaling:
 
     def copied(self, *, fresh: bool) -> Scaling:
         """The same settings for a copy of the model; with the same scales, or fresh ones."""
-        policy = ShiftPolicy(self.config, self.policy.layers)
+        policy = ChainerPolicy(self.config, self.policy.layers)
         if not fresh:
             policy.load_json(self.policy.to_json())
         return Scaling(policy, self.report, self.output_dtype)

@@ -12,9 +12,10 @@ import numpy as np
 
 from ada_loss.chainer.fan_outs import find_fan_outs
 from ada_loss.chainer.nested import map_variables
-from ada_loss.chainer.policy import Decision, ShiftPolicy
-from ada_loss.chainer.products import Product, weight_of
+from ada_loss.chainer.policy import ChainerPolicy
+from ada_loss.chainer.products import Product, factor_of
 from ada_loss.chainer.tagging import LinkPaths, Point, Recorder
+from ada_loss.core.decision import Decision
 
 ENTRY = "(entry)"
 """The name under which the cast of a scope's own results is recorded."""
@@ -28,7 +29,7 @@ class Scope:
     since the model may keep variables, and with them the scope.
     """
 
-    policy: ShiftPolicy
+    policy: ChainerPolicy
     paths: LinkPaths
     link: weakref.ref[chainer.Link]
     output_dtype: np.dtype[Any] | None
@@ -60,20 +61,16 @@ class Scope:
     ) -> Decision:
         """The shift for the gradient of input `product.data`, computed from gy, which carries `exponent`."""
         site = point.site._replace(operand=product.data)
-        weight, fan, axis = weight_of(function, product), product.fan(function, gy), product.channel_axis
-        parameter = isinstance(function.inputs[product.weight].get_variable_or_none(), chainer.Parameter)
-        return self.policy.choose(
-            site, gy, exponent, weight, fan, axis, config=point.config, parameter=parameter
-        )
+        return self.policy.choose_for(site, gy, exponent, factor_of(function, product, gy), point.config)
 
     def scales_sums(self, point: Point | None) -> bool:
         """Whether sums of many gradients get scales of their own, at a decision point or elsewhere."""
         policy = self.policy
-        return (policy.settings(point.site, point.config) if point else policy.config).scales_sums
+        return (policy.settings(point.site, point.config) if point else policy.config).rule.scales_sums
 
     def choose_for_cast(self, point: Point, gy: Any, exponent: int) -> Decision:
         """The shift with which a gradient is rounded to float16."""
-        return self.policy.choose(point.site, gy, exponent, config=point.config)
+        return self.policy.choose_for(point.site, gy, exponent, own=point.config)
 
     def _leaving(self, result: chainer.Variable) -> chainer.Variable:
         if self.output_dtype is None or result.array is None or result.dtype != np.float16:

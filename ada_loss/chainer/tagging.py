@@ -13,22 +13,9 @@ import chainer
 
 from ada_loss.chainer.products import is_decision
 from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.decision import Site
 
 _NAME = "AdaLossRecorder"
-
-
-class Site(NamedTuple):
-    """Where a shift is chosen.
-
-    path: the innermost link that applied the function, as a path below the scaled model, "/" for the link
-        itself, or the name given to the function, if it has one. call: which of the path's decision points
-        within one step, from 0.
-    operand: which input's gradient is scaled; matters for products of two activations.
-    """
-
-    path: str
-    call: int
-    operand: int = 0
 
 
 class Point(NamedTuple):

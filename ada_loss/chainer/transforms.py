@@ -11,11 +11,12 @@ from ada_loss.chainer.links import LAYERS, as_variant
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.tagging import named_links
 from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.rules import FIXED
 
 Filter = Callable[[str, chainer.Link], bool]
 """Says of a link, given its path ("/extractor/conv1_1") and the link, whether to scale it."""
 
-UNSCALED = AdaLossConfig(loss_scale_method="fixed")
+UNSCALED = AdaLossConfig(loss_scale_method=FIXED.name)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import chainer
 import numpy as np
 
-from ada_loss.arrays.casting import cast
-from ada_loss.arrays.statistics import all_finite, largest_magnitude
+from ada_loss.arrays.library import all_finite, amax_of, cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.gradient import shifted
 from ada_loss.chainer.products import backward_arrays
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.rules import floor_log2
+from ada_loss.core.maths import floor_log2
 
 Class = TypeVar("Class", bound=type)
 
@@ -238,20 +237,20 @@ def _add_the_same(before: Any, after: Any, also: Any, grain: float) -> bool:
         return after is also
     if not all_finite([after, also]):
         return True
-    added = largest_magnitude(after - (0 if before is None else before))
-    limit = 2 * _NOISE * added + grain + 2.0**-20 * largest_magnitude(after)
-    return largest_magnitude(after - also) <= limit
+    added = amax_of(after - (0 if before is None else before))
+    limit = 2 * _NOISE * added + grain + 2.0**-20 * amax_of(after)
+    return amax_of(after - also) <= limit
 
 
 def _is_close(a: Any, b: Any) -> bool:
     wide = _wide(b)
     grain = _GRAIN if b.dtype == np.float16 else 0
-    return largest_magnitude(a.astype(wide) - b.astype(wide)) <= _NOISE * largest_magnitude(b) + grain
+    return amax_of(a.astype(wide) - b.astype(wide)) <= _NOISE * amax_of(b) + grain
 
 
 def _is_held(gx: Any) -> bool:
     """Whether a true gradient is finite, and not so small that float16 has lost it."""
-    peak = largest_magnitude(gx)
+    peak = amax_of(gx)
     return math.isfinite(peak) and (gx.dtype != np.float16 or peak >= 2.0**_LOW)
 
 
@@ -299,7 +298,7 @@ def _shifted(arrays: tuple[Any, ...], shift: int) -> tuple[Any, ...]:
 
 
 def _peak(arrays: tuple[Any, ...]) -> float:
-    return max(map(largest_magnitude, _present(arrays)), default=0.0)
+    return max(map(amax_of, _present(arrays)), default=0.0)
 
 
 def _wide(array: Any) -> Any:

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-METHODS = ("fixed", "approx_range", "abs_range", "element_wise_range", "auto")
+from ada_loss.core.rules import AUTO, RULES, Rule
+
+METHODS = tuple(RULES)
 """Names of the rules by which a layer's scale is chosen; see `ada_loss.core.rules`."""
 
 TIMINGS = ("current", "delayed")
@@ -18,23 +20,29 @@ CAST_DISTRIBUTIONS = ("normal", "log_normal")
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLossConfig:
-    """Settings of adaptive loss scaling; a bad value raises a ValueError of one sentence.
+    """Settings of adaptive loss scaling.
 
-    loss_scale_method: the rule, one of `METHODS`.
-    init_scale: the scale with which gradients enter the scope, a positive power of two.
-    scale_upper_bound: the most that one layer may scale by, at least 1; None for no bound.
-    accum_upper_bound: the most that the scales along the way may multiply to, at least 1; None for no bound.
-    n_uf: the share of a layer's input gradient that may underflow, between 0 and 0.5.
-    update_per_n_iteration: a layer chooses its scale anew every so many iterations, at least 1.
-    dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at
-        least 1; None leaves it where it is until an overflow.
-    timing: one of `TIMINGS`; with "delayed" backward does not wait for a GPU, but in the first step.
-    cast_distribution: what gradients at a cast to float16 are taken to follow, one of `CAST_DISTRIBUTIONS`.
+    The two bounds and `n_uf` belong to the rules of the paper: `fixed` and `auto` do not look at them.
 
-    The two bounds and `n_uf` belong to the ranges of the paper: `fixed` and `auto` do not look at them.
+    Args:
+        loss_scale_method: the rule, one of `METHODS`.
+        init_scale: the scale with which gradients enter, a positive power of two.
+        scale_upper_bound: the most that one layer may scale by, at least 1; None for no bound.
+        accum_upper_bound: the most that the scales along the way may multiply to, at least 1; None for no
+            bound.
+        n_uf: the share of a layer's input gradient that may underflow, between 0 and 0.5.
+        update_per_n_iteration: a layer chooses its scale anew every so many iterations, at least 1.
+        dynamic_interval: the entry scale doubles after so many good steps in a row and halves on overflow, at
+            least 1; None leaves it where it is until an overflow.
+        timing: one of `TIMINGS`; with "delayed" backward does not wait for a GPU, but in the first step.
+        cast_distribution: what gradients at a cast to a narrow format are taken to follow, one of
+            `CAST_DISTRIBUTIONS`.
+
+    Raises:
+        ValueError: a setting is not what is described here; the message is one sentence.
     """
 
-    loss_scale_method: str = "auto"
+    loss_scale_method: str = AUTO.name
     init_scale: float = 1.0
     scale_upper_bound: float | None = 16.0
     accum_upper_bound: float | None = 1024.0
@@ -72,10 +80,14 @@ class AdaLossConfig:
             )
 
     @property
-    def scales_sums(self) -> bool:
-        """Whether gradients that add up others, over a batch or over positions, get scales of their own, and
-        do not overflow, as those of weights; in the paper they share that of what they are computed from."""
-        return self.loss_scale_method == "auto"
+    def rule(self) -> Rule:
+        """The rule by which scales are chosen."""
+        return RULES[self.loss_scale_method]
+
+    @property
+    def delayed(self) -> bool:
+        """Whether a layer chooses by what arrived in the step before."""
+        return self.timing == "delayed"
 
     @property
     def init_exponent(self) -> int:

@@ -16,7 +16,9 @@ import torch
 
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.rules import AUTO_CAST_HEADROOM, AUTO_HEADROOM, floor_log2
+from ada_loss.core.maths import floor_log2
+from ada_loss.core.rules.auto import CAST_HEADROOM as AUTO_CAST_HEADROOM
+from ada_loss.core.rules.auto import HEADROOM as AUTO_HEADROOM
 
 METHODS = ("auto", "approx_range", "abs_range", "fixed")
 """The methods of `AdaLossConfig` that this front end knows."""

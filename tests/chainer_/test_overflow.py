@@ -10,7 +10,7 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
-from ada_loss.arrays.statistics import all_finite
+from ada_loss.arrays.library import all_finite
 from ada_loss.chainer import AdaLossScaled, Diverged
 from ada_loss.chainer.gradient import InFlight
 from helpers import assert_same_bits, dtype

@@ -10,10 +10,11 @@ import chainer.links as L
 import numpy as np
 import pytest
 
-from ada_loss.chainer import AdaLossScaled, backward_state, policy
+from ada_loss.arrays.on_numpy import NumPy
+from ada_loss.chainer import AdaLossScaled, backward_state
 from ada_loss.chainer.gradient import InFlight
-from ada_loss.chainer.policy import ShiftPolicy
-from ada_loss.core import measurement
+from ada_loss.chainer.policy import ChainerPolicy
+from ada_loss.core import policy
 from ada_loss.core.config import METHODS, TIMINGS, AdaLossConfig
 from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients
 from toy import batch, prepared, training
@@ -49,6 +50,18 @@ def step(model, x, factor=1.0):
     model.cleargrads()
     (F.sum(model(chainer.Variable(x)) ** 2) * factor).backward()
     return {decision.site: decision.shift for decision in model.ada_loss.decisions}
+
+
+def noting_summaries(monkeypatch):
+    """The arrays that are summarized from now on."""
+    summarize, seen = NumPy.summarize, []
+
+    def noted(self, array, **flags):
+        seen.append(array)
+        return summarize(self, array, **flags)
+
+    monkeypatch.setattr(NumPy, "summarize", noted)
+    return seen
 
 
 @pytest.fixture
@@ -144,7 +157,7 @@ def last_shifts(model, x, factors):
 
 def last_peaks(settings, magnitudes):
     """What is taken for the sizes of two gradients that meet in the last of some steps."""
-    chosen = ShiftPolicy(AdaLossConfig(**settings), {})
+    chosen = ChainerPolicy(AdaLossConfig(**settings))
     for magnitude in magnitudes:
         gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
         peaks = chosen.meeting().peaks(gradients)
@@ -215,7 +228,7 @@ def test_gradients_that_meet_are_not_looked_at_where_nothing_is_to_be_decided(se
     model.ada_loss.policy.iteration = 1
     for name in ("gradient", "policy", "backward", "parameter_gradients"):
         module = sys.modules[f"ada_loss.chainer.{name}"]
-        for look in ("largest_magnitude", "largest_magnitudes", "all_finite"):
+        for look in ("amax_of", "largest_magnitudes", "all_finite"):
             if hasattr(module, look):
                 monkeypatch.setattr(module, look, lambda *_: pytest.fail("it looked"))
     for _ in range(2):
@@ -228,9 +241,7 @@ def test_of_gradients_that_meet_only_the_largest_elements_are_looked_for(timing,
     with dtype("mixed16"):
         model = AdaLossScaled(Twice(), timing=timing)
     step(model, x)
-    begin, summarized = measurement.begin, []
-    for module in measurement, policy:
-        monkeypatch.setattr(module, "begin", lambda a, **flags: summarized.append(a) or begin(a, **flags))
+    summarized = noting_summaries(monkeypatch)
     step(model, x)
     # A gradient at every decision point, and every layer's weights.
     assert len(summarized) == len(model.ada_loss.decisions) + len(model)
@@ -252,8 +263,7 @@ def test_delayed_alignment_leaves_room_for_gradients_that_grow(rng):
 def test_weights_are_summarized_once_in_a_step(timing, x, monkeypatch):
     model = scaled_stack(timing=timing)
     step(model, x)
-    begin, seen = policy.begin, []
-    monkeypatch.setattr(policy, "begin", lambda array, **flags: seen.append(array) or begin(array, **flags))
+    seen = noting_summaries(monkeypatch)
     step(model, x)
     for layer in model:
         assert sum(array is layer.W.array for array in seen) == 1
@@ -263,14 +273,14 @@ def test_weights_are_summarized_again_after_an_update(x):
     model = scaled_stack()
     optimizer = prepared(model, chainer.optimizers.SGD(0.0))
     step(model, x)
-    before = {decision.site: decision.range.room for decision in model.ada_loss.decisions}
+    before = {decision.site: decision.range.max_weight_shift for decision in model.ada_loss.decisions}
     optimizer.update()
     for layer in model:
         layer.W.array *= 8
     step(model, x)
     for decision in model.ada_loss.decisions:
         fewer = 0 if decision.site.path == "(entry)" else 3
-        assert decision.range.room == before[decision.site] - fewer
+        assert decision.range.max_weight_shift == before[decision.site] - fewer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -356,7 +366,7 @@ def test_delayed_meetings_have_the_same_numbers_in_every_step(rng):
         weights = rng.standard_normal((8, 16)).astype(np.float32) * rng.uniform(0.7, 1.4)
         model.cleargrads()
         F.sum(model(chainer.Variable(x)) * weights).backward()
-        numbers.add(model.ada_loss.policy.next_call(policy.MEETING))
+        numbers.add(model.ada_loss.policy.next_call(policy.ACCUMULATION))
         optimizer.update()
     assert len(numbers) == 1
     assert model.ada_loss.policy.entry.skipped == 0

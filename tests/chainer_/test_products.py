@@ -8,13 +8,14 @@ import pytest
 from chainer.functions.connection.linear import LinearFunction
 
 import pretended_gpu
+from ada_loss.arrays.measuring import measure
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.gradient import shifted
 from ada_loss.chainer.products import _scaled_operands, input_gradient, is_decision, products_of
 from ada_loss.core.config import TIMINGS, AdaLossConfig
+from ada_loss.core.deferred import fetch
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.measurement import measure
-from ada_loss.core.rules import find_range
+from ada_loss.core.measurement import Factor
 
 PRODUCTS = {
     "linear": (F.linear, [(3, 6), (4, 6)]),
@@ -142,8 +143,9 @@ def test_float16_weights_on_a_gpu_carry_of_a_shift_what_is_exact(shift, size, rn
     pretended_gpu.pretend(monkeypatch)
     gy, weight = np.ones((1, 50), np.float16), (size * rng.uniform(-1, 1, 50)).astype(np.float16)[:, None]
     config = AdaLossConfig()
-    room = find_range(config, 0, measure(config, gy, weight, 50)).room
-    scaled, lowered = _scaled_operands(weight, gy, shift, room)
+    (measurement,) = fetch([measure(config, gy, Factor(weight, 50))])
+    found = config.rule.range(config, FLOAT16, measurement)
+    scaled, lowered = _scaled_operands(weight, gy, shift, found.max_weight_shift)
     carried = int(np.log2(float(np.abs(scaled).max()) / float(np.abs(weight).max())))
     assert min(shift, 0) <= carried <= max(shift, 0)
     np.testing.assert_array_equal(scaled.astype(np.float64), np.ldexp(weight.astype(np.float64), carried))

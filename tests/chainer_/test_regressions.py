@@ -12,8 +12,9 @@ import pytest
 
 from ada_loss.chainer import AdaLossScaled, prepare
 from ada_loss.chainer.gradient import InFlight, add
-from ada_loss.chainer.tagging import LinkPaths, Site
+from ada_loss.chainer.tagging import LinkPaths
 from ada_loss.core.config import TIMINGS, AdaLossConfig
+from ada_loss.core.decision import Site
 from helpers import assert_same_as_float32, assert_same_bits, dtype, plain_gradients, scoped_gradients
 from twins import wrapped_copy
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ada_loss.arrays.measuring import measure
 from ada_loss.core.config import METHODS, AdaLossConfig
-from ada_loss.core.measurement import measure
-from ada_loss.core.rules import choose_shift, find_range
+from ada_loss.core.deferred import fetch
+from ada_loss.core.formats import FLOAT16
+from ada_loss.core.measurement import Factor
+from ada_loss.core.rules import RULES
 
 U_MIN, U_MAX = 2.0**-24, 65504.0
 UNBOUNDED = AdaLossConfig(scale_upper_bound=None, accum_upper_bound=None)
@@ -19,13 +22,19 @@ def unbounded(method, **settings):
     return replace(UNBOUNDED, loss_scale_method=method, **settings)
 
 
+def measured(config, gy, weight, fan=1, **options):
+    factor = None if weight is None else Factor(weight, fan, **options)
+    return fetch([measure(config, gy, factor)])[0]
+
+
 def shift_of(config, gy, weight, fan=1, exponent=0, **options):
-    return shift_by(config, measure(config, gy, weight, fan, **options), exponent)
+    return shift_by(config, measured(config, gy, weight, fan, **options), exponent)
 
 
-def shift_by(config, measurement, exponent=0, **options):
+def shift_by(config, measurement, exponent=0, number_format=FLOAT16, **options):
     """The shift for the measured gradient itself, which carries `exponent`."""
-    return choose_shift(config, find_range(config, exponent, measurement), exponent, **options)
+    found = config.rule.range(config, number_format, measurement, exponent)
+    return config.rule.shift(config, found, exponent, **options)
 
 
 def gaussian_layer(rng, *, batch=4000, outputs=128, inputs=250, gy_scale=1e-4, weight_scale=1e-4, mask=True):
@@ -193,7 +202,7 @@ def test_element_wise_range_knows_the_extremes_of_the_products(gy_shape, weight_
         products = all_products(gy, weight, pattern)
         if gy.ndim == 5:  # groups are an axis of their own only in the reference
             gy, weight = gy.reshape(2, 6, 4, 4), weight.reshape(10, 3, 2, 2)
-        measurement = measure(unbounded("element_wise_range"), gy, weight, 54, channel_axis=channel_axis)
+        measurement = measured(unbounded("element_wise_range"), gy, weight, 54, channel_axis=channel_axis)
         assert measurement.smallest_term == products.min()
         assert measurement.largest_term == products.max()
         expected = rounded_down(min(max(1, U_MIN / products.min()), U_MAX / (54 * products.max())))
@@ -204,7 +213,7 @@ def test_element_wise_range_leaves_out_weights_that_meet_only_zeros():
     gy = np.array([[0, 1e-3]], np.float16)
     weight = np.array([[1e-6, 1e3], [1e-2, 1.0]], np.float16)
     smallest, largest = np.float64(gy[0, 1]) * np.float64(weight[1, 0]), np.float64(gy[0, 1])
-    measurement = measure(unbounded("element_wise_range"), gy, weight, 2)
+    measurement = measured(unbounded("element_wise_range"), gy, weight, 2)
     assert (measurement.smallest_term, measurement.largest_term) == (smallest, largest)
     nothing_meets = np.array([[0, 0], [1, 1]], np.float16)
     assert (
@@ -262,8 +271,8 @@ def test_scales_are_rounded_down_to_a_power_of_two():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lowered_gradient_is_not_scaled_back_up(method):
     gy, weight = gaussian_layer(np.random.default_rng(15), batch=50)
-    measured = [measure(unbounded(method), gy * np.float32(2.0**-b), weight, 128) for b in (0, 3)]
-    shifts = [shift_by(unbounded(method), m, backoff=b) for m, b in zip(measured, (0, 3), strict=True)]
+    found = [measured(unbounded(method), gy * np.float32(2.0**-b), weight, 128) for b in (0, 3)]
+    shifts = [shift_by(unbounded(method), m, backoff=b) for m, b in zip(found, (0, 3), strict=True)]
     assert shifts[0] == shifts[1]
 
 
@@ -280,8 +289,8 @@ def test_zeros_and_non_finite_values_give_no_shift(method):
         broken[1, 2] = bad
         assert shift_of(config, broken, weight, fan=4) == 0
         assert shift_of(config, broken, None) == 0
-        found = find_range(config, 0, measure(config, broken, weight, 4))
-        assert found.finite == (method == "fixed")
+        found = config.rule.range(config, FLOAT16, measured(config, broken, weight, 4))
+        assert found.unusable == RULES[method].measures
     for nothing in (np.zeros_like(ones), ones[:0]):
         assert shift_of(config, nothing, weight, fan=4) == 0
         assert shift_of(config, nothing, None) == 0

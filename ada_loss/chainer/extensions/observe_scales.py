@@ -8,7 +8,8 @@ from typing import Any
 from chainer.training import extension
 
 from ada_loss.chainer.optimizer import named_scopes
-from ada_loss.chainer.policy import Decision, ShiftPolicy
+from ada_loss.core.decision import Decision
+from ada_loss.core.policy import ShiftPolicy
 
 
 def observe_scales(
@@ -45,7 +46,7 @@ def _layers(policy: ShiftPolicy) -> dict[str, float]:
     readings: dict[str, float] = {}
     for decision in policy.decisions.values():
         readings[f"shift{_name(decision)}"] = decision.shift
-        if decision.method != "fixed":
+        if decision.rule.measures:
             readings[f"zeros{_name(decision)}"] = decision.range.zeros
     return readings
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ada_loss.arrays.casting import CHUNK, cast
-from ada_loss.arrays.statistics import module_of
+from ada_loss.arrays.casting import CHUNK
+from ada_loss.arrays.library import cast, library_of
 
 
 def l2_normalize(x: Any, axis: tuple[int, ...], eps: float) -> Any:
     """x / (|x| + eps), lengths taken over `axis`."""
-    y = module_of(x).empty_like(x)
+    y = library_of(x).module.empty_like(x)
     for part in _parts(x, axis):
         wide = cast(x[part], np.float32)
         wide /= _lengths(wide, axis) + np.float32(eps)
@@ -27,7 +27,7 @@ def l2_normalize(x: Any, axis: tuple[int, ...], eps: float) -> Any:
 def l2_normalize_grad(x: Any, gy: Any, axis: tuple[int, ...], eps: float) -> Any:
     """Gradient of `l2_normalize`'s input: with n = |x| + eps, (gy - x (x.gy) / (n |x|)) / n, where the
     fraction counts as 0 for |x| = 0."""
-    xp = module_of(x)
+    xp = library_of(x).module
     gx = xp.empty_like(x)
     for part in _parts(x, axis):
         wide, gradient = cast(x[part], np.float32), cast(gy[part], np.float32)
@@ -43,14 +43,14 @@ def l2_normalize_grad(x: Any, gy: Any, axis: tuple[int, ...], eps: float) -> Any
 
 
 def _lengths(x: Any, axis: tuple[int, ...]) -> Any:
-    xp = module_of(x)
+    xp = library_of(x).module
     return xp.sqrt(xp.square(x).sum(axis=axis, keepdims=True))
 
 
 def _parts(x: Any, axis: tuple[int, ...]) -> Iterator[slice]:
     """Cache-sized parts along the first axis; all of it where lengths are taken over it, and on a GPU."""
     n = len(x)
-    whole = 0 in (a % x.ndim for a in axis) or module_of(x) is not np
+    whole = 0 in (a % x.ndim for a in axis) or not library_of(x).on_host
     step = max(1, n if whole else CHUNK * n // max(1, x.size))
     for start in range(0, n, step):
         yield slice(start, start + step)

@@ -42,7 +42,8 @@ def test_l2_normalization_takes_arrays_of_another_module_whole(monkeypatch):
     axis, eps = (1,), 1e-5
     expected = normalization.l2_normalize(x, axis, eps), normalization.l2_normalize_grad(x, gy, axis, eps)
     cupys = SimpleNamespace(empty_like=np.empty_like, sqrt=np.sqrt, square=np.square, where=np.where)
-    monkeypatch.setattr(normalization, "module_of", lambda _: cupys)
+    library = SimpleNamespace(module=cupys, on_host=False, cast=lambda array, dtype: array.astype(dtype))
+    monkeypatch.setattr(normalization, "library_of", lambda _: library)
     actual = normalization.l2_normalize(x, axis, eps), normalization.l2_normalize_grad(x, gy, axis, eps)
     assert len(list(normalization._parts(x, axis))) == 1
     for result, reference in zip(actual, expected, strict=True):
