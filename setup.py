@@ -25,6 +25,7 @@ if __name__ == "__main__":
     groups = read_all()
     setup(
         packages=find_packages(include=["ada_loss", "ada_loss.*"]),
+        package_data={"ada_loss.report": ["page.*"]},
         install_requires=groups["base"],
         extras_require={name: groups[name] for name in sorted(groups.keys() - NOT_EXTRAS)},
     )

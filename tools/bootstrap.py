@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
 
 SUPPORTED = ((3, 13), (3, 12), (3, 11), (3, 10))
-DEFAULT_GROUPS = {"base", "mpich", "example", "dev"}
+DEFAULT_GROUPS = {"base", "mpich", "example", "report", "dev"}
 INSTALLER_GROUP = "pip"
 RIVAL_GROUPS = {"cuda12", "cuda13"}
 

@@ -61,8 +61,8 @@ class PlaceSummary:
     truth: true values of all finite sampled steps, those of float32 where the run holds them. own: the same
     of the run. lost: the share of the elements that float32 has non-zero and this run had not; None if that
     was not measured. lowest_exponent, highest_exponent: carried at least and at most. steps: how many were
-    sampled. nonfinite: in how many of them something was not finite. began: how many overflows began here.
-    window: the scales that suit.
+    sampled. nonfinite: in how many of them something was not finite, the first time in step `broke`. began:
+    how many overflows began here. window: the scales that suit.
     """
 
     place: Place
@@ -73,6 +73,7 @@ class PlaceSummary:
     highest_exponent: int
     steps: int
     nonfinite: int
+    broke: int | None
     began: int
     window: Window
     number_format: FloatFormat = FLOAT16
@@ -148,6 +149,7 @@ def _summarize(
         max(exponents),
         len(records),
         len(records) - len(finite),
+        next((record.step for record in records if not record.finite), None),
         len(began),
         window,
         number_format,
@@ -166,11 +168,11 @@ def common_window(places: Iterable[PlaceSummary]) -> Window:
 
 def model_sentence(places: Sequence[PlaceSummary]) -> str:
     """What can be said of a model: which single scale suits, or why none does."""
-    for summary in places:
-        if summary.place.kind == ACTIVATION and summary.nonfinite:
-            return (
-                f"The forward pass overflows, first in {summary.place.path}: no scale of gradients can help."
-            )
+    broken = [summary for summary in places if summary.place.kind == ACTIVATION and summary.broke is not None]
+    if broken:
+        first = min(broken, key=lambda summary: summary.broke or 0)
+        where = f"{first.place.path} at step {first.broke}"
+        return f"The forward pass overflows, first in {where}: no scale of gradients can help."
     backward = [summary for summary in gradients(places) if summary.truth.nonzero]
     if not backward:
         return "No gradient was recorded that is not zero: nothing can be said of scales."
@@ -200,12 +202,13 @@ def scale_sentence(places: Sequence[PlaceSummary], exponent: int, name: str) -> 
     overflown = [summary for summary, verdict in judged if verdict.word is Word.OVERFLOW_BACKWARD]
     if overflown:
         first = min(overflown, key=lambda summary: summary.window.highest)
-        return f"{name} overflows in {first.place.path}{_and_others(len(overflown) - 1)}"
+        return f"{name} overflows in {first.place.path}{_others(' and in', len(overflown) - 1)}"
     lossy = [(summary, verdict) for summary, verdict in judged if verdict.word is Word.UNDERFLOW]
     if not lossy:
         return f"{name} works everywhere"
     worst, verdict = max(lossy, key=lambda pair: pair[1].number)
-    return f"{name} loses {percent(verdict.number)} of {worst.place.path}{_and_others(len(lossy) - 1)}"
+    others = _others(" and some of", len(lossy) - 1)
+    return f"{name} loses {percent(verdict.number)} of {worst.place.path}{others}"
 
 
 def percent(share: float) -> str:
@@ -223,5 +226,5 @@ def power(exponent: float) -> str:
     return f"2^{exponent:.0f}" if math.isfinite(exponent) else "any"
 
 
-def _and_others(count: int) -> str:
-    return f", and in {count} more place{'s' * (count != 1)}" if count else ""
+def _others(link: str, count: int) -> str:
+    return f"{link} {count} more place{'s' * (count != 1)}" if count else ""

@@ -89,10 +89,8 @@ def test_overflow_counts_where_it_began(rng):
 def test_an_activation_that_is_not_finite_is_beyond_the_help_of_scales(rng):
     places = summarize([record(np.array([np.inf, 1]), "/body", ACTIVATION), record(spread(rng, 0), "/body")])
     assert places[0].verdict.word is Word.OVERFLOW_FORWARD
-    assert (
-        model_sentence(places)
-        == "The forward pass overflows, first in /body: no scale of gradients can help."
-    )
+    says = "The forward pass overflows, first in /body at step 0: no scale of gradients can help."
+    assert model_sentence(places) == says
 
 
 def test_a_verdict_at_a_scale_is_what_float16_makes_of_the_elements(rng):
