@@ -55,7 +55,7 @@ def underflow_chart(facts: RunFacts, runs: Sequence[RunFacts]) -> Any:
                 "layer": path,
                 "method": name,
                 "lost": lost,
-                "text": "not measured" if lost is None else percent(lost),
+                "text": "not measured" if lost is None else percent(lost).replace("under ", "<"),
                 "band": _LOST[-1 if lost is None else bisect(_LOST_LIMITS, lost)],
             }
             for path, name, lost in cells

@@ -8,7 +8,7 @@ import pytest
 from ada_loss.report.__main__ import main
 from ada_loss.report.facts import load
 from ada_loss.report.table import table
-from report.training import Task, train
+from report_.training import Task, train
 
 
 def test_the_table_fits_80_columns_and_names_every_layer(runs):

@@ -3,7 +3,7 @@
 import pytest
 
 from ada_loss.report.facts import load
-from report.training import METHODS, Task, train
+from report_.training import METHODS, Task, train
 
 
 @pytest.fixture(scope="session")

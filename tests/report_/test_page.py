@@ -15,8 +15,8 @@ pytest.importorskip("vl_convert")
 from ada_loss.report.facts import RunFacts, load
 from ada_loss.report.page import charts, make_page, titles
 from ada_loss.report.pictures import to_png, write_pictures
-from report.browser import dom_after, needs_browser, open_page
-from report.training import Task, train
+from report_.browser import dom_after, needs_browser, open_page
+from report_.training import Task, train
 
 
 @pytest.fixture(scope="module")

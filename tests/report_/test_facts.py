@@ -9,7 +9,7 @@ from ada_loss.core.record_file import RecordError
 from ada_loss.core.records import INPUT_GRADIENT, WEIGHT_GRADIENT
 from ada_loss.core.windows import Window
 from ada_loss.report.facts import best_of, best_single, line_sentence, lines, load
-from report.training import Backward, Task, train
+from report_.training import Backward, Task, train
 
 
 def by_name(runs):
