@@ -68,7 +68,7 @@ def exponents(comm: Any) -> dict[str, Any]:
             array, exponent = np.frexp(value)
             parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
         parameters.append(parameter)
-    agreed, _ = lend_at_agreed_exponents(parameters, Many())
+    agreed = lend_at_agreed_exponents(parameters, Many()).exponents
     lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
     return {
         **{name: np.zeros(0) if array is None else array for name, array in lent.items()},

@@ -33,7 +33,7 @@ from chainer import _backprop
 from chainer.functions.util.forget import Forget, _call_func
 from chainer.variable import VariableNode, _check_grad_type
 
-from ada_loss.chainer import backward_state
+from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
 from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
@@ -106,11 +106,13 @@ class BackwardPass:
         targets = self._targets(function)
         if not targets:
             return
+        running_statistics.went_through(function)
         tag = tag_of(function)
         arrays, exponent = _aligned(gys if tag else [gy and _at_exponent_around(gy) for gy in gys], tag)
         del gys
         with hooked(function, arrays, exponent) as (arrays, exponent):
             found = _gradients(function, targets, arrays, exponent, tag)
+        origin.look(function, arrays, found)
         if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
             raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
         if self._retain_grad:
@@ -348,7 +350,7 @@ def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) 
         with backward_state.noted(loss_scale, chainers=True):
             _chainers_engine(outputs, retain_grad, loss_scale)
     else:
-        with backward_state.noted(loss_scale):
+        with backward_state.noted(loss_scale), origin.backward_from(node for node, _ in outputs):
             this, exponent = BackwardPass(retain_grad=retain_grad), backward_state.exponent()
             this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
             this.finish()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chainer
 import numpy as np
@@ -12,6 +13,7 @@ from chainermn.optimizers import _DoubleBufferingOptimizer
 from mpi4py import MPI
 
 from ada_loss.arrays.library import amax_of, deferred_amax
+from ada_loss.chainer import origin, running_statistics
 from ada_loss.chainer.gradient import InFlight, shifted
 from ada_loss.chainer.optimizer import (
     PreparedOptimizer,
@@ -21,6 +23,7 @@ from ada_loss.chainer.optimizer import (
     take_over,
     unique_parameters,
 )
+from ada_loss.chainer.origin import Skip
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.core import agreement
@@ -54,17 +57,23 @@ class PreparedMultiNodeOptimizer:
             compute_gradients(self.actual_optimizer, lossfun, args, kwargs)
         if self.is_changed(target):
             self._start_from_rank_0(target)
+            running_statistics.undo_where_not_finite()
+            running_statistics.end()
+            origin.end()
             return
         parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
         policies = [scope.policy for scope in scopes(target)]
         nothing_begun = [int(not policy.has_measurements) for policy in policies]
-        exponents, nothing_begun = lend_at_agreed_exponents(parameters, self.communicator, nothing_begun)
+        lent = lend_at_agreed_exponents(parameters, self.communicator, nothing_begun)
+        if lent.overflows:
+            bad = [parameter for parameter, finite in zip(parameters, lent.finite, strict=True) if not finite]
+            self.actual_optimizer.foreseen_skip = self._where_it_began(bad)
         try:
             self.communicator.multi_node_mean_grad(target, self.zero_fill)
         finally:
-            for parameter, exponent in zip(parameters, exponents, strict=True):
+            for parameter, exponent in zip(parameters, lent.exponents, strict=True):
                 parameter.reclaim(exponent)
-        for policy, nothing in zip(policies, nothing_begun, strict=True):
+        for policy, nothing in zip(policies, lent.others, strict=True):
             # What one rank has begun to measure, perhaps of a layer with a timing of its own, concerns all.
             if not nothing:
                 policy.use_measurements(partial(agreed_by_all, communicator=self.communicator))
@@ -85,6 +94,16 @@ class PreparedMultiNodeOptimizer:
             own("ranks_agree", np.array(bool(self.target_params)))
         else:
             self._set(_resumed=bool(load_optional(own, "ranks_agree")), target_params=[])
+
+    def _where_it_began(self, bad: list[ScaledParameter]) -> Skip:
+        """Where it began that this step will be skipped: on one rank, and from there on all.
+
+        bad: parameters whose gradient is not finite on this rank.
+        """
+        mine = origin.reason(self.actual_optimizer.target, bad) if bad else None
+        everybodys = enumerate(self.communicator.mpi_comm.allgather(mine))
+        began, rank = min((skip, rank) for rank, skip in everybodys if skip is not None)
+        return replace(began, reason=f"on rank {rank} {began.reason}")
 
     def _start_from_rank_0(self, target: chainer.Link) -> None:
         self.communicator.bcast_data(target)
@@ -123,9 +142,22 @@ def prepare_multi_node(optimizer: Any) -> Any:
     return optimizer
 
 
+class Lent(NamedTuple):
+    """What ranks have agreed on before they average gradients.
+
+    exponents: of the parameters, for `ScaledParameter.reclaim`. others: the smallest of other numbers.
+    finite: whether each parameter's gradient is finite on this rank. overflows: whether one on any is not.
+    """
+
+    exponents: list[int]
+    others: list[int]
+    finite: list[bool]
+    overflows: bool
+
+
 def lend_at_agreed_exponents(
     parameters: list[ScaledParameter], communicator: Any, others: Sequence[int] = ()
-) -> tuple[list[int], list[int]]:
+) -> Lent:
     """Show every parameter's gradient to the communicator: true, but for one exponent that all ranks agree
     on.
 
@@ -134,8 +166,7 @@ def lend_at_agreed_exponents(
     another has one.
 
     parameters: the same on all ranks, in the same order. others: numbers of which the same reduction finds
-    the smallest over the ranks. Returns the exponents, for `ScaledParameter.reclaim`, and what became of
-    `others`.
+    the smallest over the ranks.
     """
     gradients = [parameter.true_gradient() for parameter in parameters]
     present = [gradient for gradient in gradients if gradient is not None]
@@ -145,7 +176,7 @@ def lend_at_agreed_exponents(
         agreement.ABSENT if gradient is None else agreement.bid(next(amaxes), limit) for gradient in gradients
     ]
     smallest = _minimum([*bids, *others], communicator)
-    agreed, others = smallest[: len(bids)], smallest[len(bids) :]
+    agreed = smallest[: len(bids)]
     exponents = [agreement.exponent_of(exponent) for exponent in agreed]
     for parameter, gradient, exponent, known in zip(parameters, gradients, exponents, agreed, strict=True):
         xp = parameter.device.xp
@@ -153,7 +184,8 @@ def lend_at_agreed_exponents(
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
         # Communicators send memory as it lies, and some receive it in C's order.
         parameter.lend(None if gradient is None else xp.ascontiguousarray(shifted(gradient, exponent)))
-    return exponents, others
+    finite = [bid != agreement.OVERFLOW for bid in bids]
+    return Lent(exponents, smallest[len(bids) :], finite, agreement.OVERFLOW in agreed)
 
 
 def agreed_by_all(mine: StepMeasurements, *, communicator: Any) -> StepMeasurements:

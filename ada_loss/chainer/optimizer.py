@@ -12,10 +12,12 @@ import chainer
 import numpy as np
 
 from ada_loss.arrays.library import all_finite, cast
-from ada_loss.chainer import backward_state
+from ada_loss.chainer import backward_state, origin, running_statistics
+from ada_loss.chainer.origin import Skip
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.chainer.scaling import Scaling
+from ada_loss.chainer.settings import require_optimizer
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.core.entry_scale import EntryScale
 
@@ -38,6 +40,12 @@ class PreparedOptimizer:
     target: Any
     _loss_scale: float | None
     _loss_scaling_is_dynamic: bool
+
+    last_skip: Skip | None = None
+    """Why the last update was skipped; None if it was not."""
+
+    foreseen_skip: Skip | None = None
+    """Why the next update will be skipped, where other processes have told it already."""
 
     announces = True
     """Whether this process logs skipped steps; in a distributed training the first rank does."""
@@ -62,28 +70,45 @@ class PreparedOptimizer:
         require_scopes(link)
         super().setup(link)  # type: ignore[misc]
         unique_parameters(link)
+        running_statistics.watch(link)
         return self
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
+        running_statistics.watch(self.target)
+        try:
+            self._step(lossfun, args, kwargs)
+        finally:
+            running_statistics.end()
+            origin.end()
+
+    def _step(self, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if lossfun is not None:
             compute_gradients(self, lossfun, args, kwargs)
         parameters = unique_parameters(self.target)
         finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
+        self.last_skip, self.foreseen_skip = None if finite else self._why(parameters), None
         if finite:
             with true_gradients_on_masters(parameters, keep=self._looked_at_again()):
                 super().update()  # type: ignore[misc]
         else:
+            running_statistics.undo()
             self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
             self.update_loss_scale()  # type: ignore[attr-defined]
         own = {scope.policy for scope in scopes(self.target)}
         for policy in own:
             policy.end_step(finite=finite)
         entered = backward_state.take_entered()
-        if not finite:
+        if self.last_skip is not None:
             # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
             for policy in entered - own:
                 policy.entry = policy.entry.after(finite=False)
-            self._answer_overflow()
+            self._answer_overflow(self.last_skip)
+
+    def _why(self, parameters: list[ScaledParameter]) -> Skip:
+        """Why a step is skipped that leaves these parameters with gradients that are not finite."""
+        if self.foreseen_skip is not None:
+            return self.foreseen_skip
+        return origin.reason(self.target, [p for p in parameters if not all_finite(p.arrays())])
 
     def reallocate_cleared_grads(self) -> None:
         """As Chainer's, but without a look at the gradients, which would make them all at once."""
@@ -150,29 +175,27 @@ class PreparedOptimizer:
                     wide = parameter.array.astype(np.promote_types(parameter.dtype, np.float32))
                     rule._init_states(chainer.Parameter(wide))
 
-    def _answer_overflow(self) -> None:
+    def _answer_overflow(self, skip: Skip) -> None:
         entries = [scope.policy.entry for scope in scopes(self.target)]
         if all(entry.diverged for entry in entries):
             raise Diverged(
                 f"Training diverged: {entries[0].overflows} steps in a row overflowed even at the smallest "
-                f"scale, 2**{entries[0].exponent}. Lower the learning rate, or look for what makes the loss "
-                "infinite."
+                f"scale, 2**{entries[0].exponent}; in the last one {skip.reason}. Lower the learning rate, "
+                "or look for what makes the loss infinite."
             )
         if self.announces:
-            named = self.target.namedparams()
-            first, *more = [path for path, p in named if not all_finite(adopt(p).arrays())]
             _logger.warning(
-                "Skipped a step, %d so far: the gradient of %s is not finite%s. The scale is 2**%d now.",
+                "Skipped a step, %d so far: %s. The scale is 2**%d now.",
                 entries[0].skipped,
-                first,
-                f", nor are {len(more)} others" if more else "",
+                skip.reason,
                 entries[0].exponent,
             )
 
 
 def take_over(optimizer: Any) -> None:
-    """Keep what an optimizer has that has updated before it is prepared: float32 copies of parameters, from
-    `use_fp32_update`, become masters, and float16 state becomes float32."""
+    """Watch the optimizer's model, and keep what it has from updates before it is prepared: float32 copies of
+    parameters, from `use_fp32_update`, become masters, and float16 state becomes float32."""
+    running_statistics.watch(optimizer.target)
     for parameter in unique_parameters(optimizer.target):
         copied = getattr(parameter.update_rule, "_fp32_param", None)
         if parameter.master is None and copied is not None:
@@ -203,11 +226,19 @@ def prepare(optimizer: Any) -> Any:
     """Make an optimizer take the gradients of `AdaLossScaled` models; returns the optimizer.
 
     Call it after `optimizer.setup(model)`, on a plain optimizer or on ChainerMN's multi-node optimizer; a
-    second call changes nothing. A ValueError if the optimizer has no target yet, or its target holds no
-    `AdaLossScaled`.
+    second call changes nothing.
+
+    Args:
+        optimizer: one of `chainer.optimizers` or of their kind, or ChainerMN's multi-node optimizer.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TypeError: it is no optimizer.
+        ValueError: it has no target yet, or its target holds no `AdaLossScaled`.
     """
-    if optimizer.target is None:
-        raise ValueError("Call optimizer.setup(model) before ada_loss.chainer.prepare(optimizer).")
+    require_optimizer(optimizer)
     require_scopes(optimizer.target)
     unique_parameters(optimizer.target)
     if "actual_optimizer" in vars(optimizer):
@@ -268,6 +299,7 @@ def _new_prepared(mixin: type, plain: type) -> Any:
 def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Evaluate the loss and run backward, as Chainer's optimizers do when their update is given a loss
     function."""
+    running_statistics.begin(optimizer.target)
     loss = lossfun(*args, **kwargs)
     if getattr(optimizer, "_use_cleargrads", True):
         optimizer.target.cleargrads()

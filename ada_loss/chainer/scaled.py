@@ -15,11 +15,12 @@ from ada_loss.chainer import backward_state
 from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import ChainerPolicy
+from ada_loss.chainer.running_statistics import Watched
 from ada_loss.chainer.scaling import Scaling
+from ada_loss.chainer.settings import config_of, dtype_of_results, require_link
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.chainer.tagging import active_recorder
 from ada_loss.chainer.transforms import Filter, transform
-from ada_loss.core.config import AdaLossConfig
 
 NAME = "ada_loss"
 """The one name that a scaled model has besides its own: of its attribute, and of its state in saved files."""
@@ -33,7 +34,7 @@ _FORMER_NAMES = {
 }
 
 
-class AdaLossScaled(chainer.Link):
+class AdaLossScaled(Watched, chainer.Link):
     """`AdaLossScaled(link)` makes a link's gradients carry scales of their own, chosen layer by layer.
 
     Args:
@@ -42,7 +43,7 @@ class AdaLossScaled(chainer.Link):
         filter: a function (path, link) -> bool that says which layers to scale; all of them by default.
         output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in
             float32, and the gradients that enter are scaled before they are rounded.
-        settings: any field of `AdaLossConfig`; a bad one raises a ValueError.
+        settings: any field of `AdaLossConfig`.
 
     Returns:
         The very link, which has a class made of this one and its own from now on. Its methods, attributes,
@@ -50,7 +51,7 @@ class AdaLossScaled(chainer.Link):
         `Scaling`; saved, that is beside the link's own entries under `ada_loss/`.
 
     Raises:
-        TypeError: `link` is no link.
+        TypeError: `link` is no link, or there is no setting of a name.
         ValueError: a setting is wrong, the link is scaled already, or it has an attribute `ada_loss`.
 
     Inside another scaled model it is just a link.
@@ -74,8 +75,7 @@ class AdaLossScaled(chainer.Link):
         output_dtype: Any = "float32",
         **settings: Any,
     ) -> Any:
-        config = AdaLossConfig(loss_scale_method=loss_scale_method, **settings)
-        dtype = None if output_dtype is None else np.dtype(output_dtype)
+        config, dtype = config_of(loss_scale_method, settings), dtype_of_results(output_dtype)
         _check(link)
         report, refused = transform(link, filter)
         become(link, _scaled_class(cls, type(link)))
@@ -188,8 +188,7 @@ def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, 
 
 def _check(link: Any) -> None:
     """Whether a link can be scaled."""
-    if not isinstance(link, chainer.Link):
-        raise TypeError(f"AdaLossScaled wraps a chainer.Link, not {type(link).__name__}.")
+    require_link(link)
     if isinstance(link, AdaLossScaled):
         raise ValueError("This link is scaled already: call AdaLossScaled once.")
     if inspect.getattr_static(link, NAME, None) is not None:

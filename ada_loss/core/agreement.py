@@ -16,26 +16,31 @@ ZERO = ABSENT - 1
 """Stands for the exponent of a gradient of zeros: any will do."""
 
 
+OVERFLOW = -(2**31)
+"""Stands for the exponent of a gradient that is not finite: none will help."""
+
+
 def bid(amax: float, limit: float) -> int:
     """What a process brings for a gradient of this amax.
 
     Returns:
-        The largest exponent k with amax * 2**k <= limit; `ZERO` if amax is 0, and 0 where it is not finite
-        and nothing helps.
+        The largest exponent k with amax * 2**k <= limit; `ZERO` if amax is 0, `OVERFLOW` if it is not finite.
     """
     if amax == 0:
         return ZERO
-    return math.frexp(limit / amax)[1] - 1 if math.isfinite(amax) else 0
+    return math.frexp(limit / amax)[1] - 1 if math.isfinite(amax) else OVERFLOW
 
 
 def exponent_of(smallest: int) -> int:
     """The exponent that the smallest bid stands for."""
-    return 0 if smallest >= ZERO else smallest
+    return smallest if OVERFLOW < smallest < ZERO else 0
 
 
 def scaled_bids(amax: float, limit: float, exponent: int) -> tuple[int, int]:
     """What a process brings for a scaled gradient: two integers, each to be reduced by itself."""
-    return (exponent + bid(amax, limit), -exponent) if amax else (ZERO, ZERO)
+    if not amax:
+        return ZERO, ZERO
+    return exponent + exponent_of(bid(amax, limit)), -exponent
 
 
 def scaled_exponent(smallest: int, smallest_negated: int) -> int:

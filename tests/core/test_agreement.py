@@ -28,7 +28,13 @@ def test_zeros_and_absent_gradients_leave_it_at_0(amaxes):
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_is_not_finite_forces_no_exponent_but_0(bad):
-    assert agreement.bid(bad, LIMIT) == 0
+    assert agreed(bad) == agreed(bad, 1e-9) == agreed(1e9, bad, None) == 0
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_every_process_learns_that_one_has_what_is_not_finite(bad):
+    bids = [agreement.bid(amax, LIMIT) for amax in (1e30, bad, 1e-30, 0.0)]
+    assert min(bids) == agreement.OVERFLOW and bids.count(agreement.OVERFLOW) == 1
 
 
 @pytest.mark.parametrize(
