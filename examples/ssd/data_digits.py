@@ -8,9 +8,6 @@ always give the same images.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from PIL import Image
 
 from digit_images import Sources, enlarge, load_sources, split_digits, tint
 from errors import InputError
+from folders import made_once
 
 DIGIT_CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 YEAR = "VOC2007"
@@ -84,22 +82,7 @@ def make_digits(folder: Path, settings: DigitsSettings) -> None:
     Several processes may do so at once: the first one's set stays.
     """
     sources = load_sources()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(
-            f"The digits set can't be written to {folder} ({error.strerror}): use --dataset-dir."
-        ) from None
-    try:
-        _write_set(working, sources, settings)
-        os.chmod(working, 0o755)
-        os.rename(working, folder)
-    except OSError as error:
-        if not folder.is_dir():
-            raise InputError(f"The digits set can't be written to {folder} ({error.strerror}).") from None
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+    made_once(folder, lambda working: _write_set(working, sources, settings), "--dataset-dir")
 
 
 def draw_image(
