@@ -68,7 +68,7 @@ def read(images: CamVidDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
     image, label = read_sample(images, index, " and ".join(images.paths[index]))
     if image.shape[1:] != label.shape or label.max() >= N_CLASS:
         raise InputError(
-            f"{' and '.join(images.paths[index])} are no image and a class from 0 to {N_CLASS} for each pixel."
+            f"{' and '.join(images.paths[index])} are no image and a class of 0 to {N_CLASS} per pixel."
         )
     return image, label
 

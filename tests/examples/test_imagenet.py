@@ -1,4 +1,4 @@
-"""examples/imagenet: reads folders of images, makes its stand-in, trains end to end, alone or on two ranks."""
+"""examples/imagenet: reads folders of images, makes its stand-in, trains end to end, also on two ranks."""
 
 from __future__ import annotations
 

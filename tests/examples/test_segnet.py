@@ -112,7 +112,7 @@ def test_labels_that_are_no_classes_are_refused(tmp_path):
     (tmp_path / "train.txt").write_text("/SegNet/CamVid/a.png /SegNet/CamVid/b.png\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("L", (8, 8), 40).save(tmp_path / "b.png")
-    with pytest.raises(InputError, match="a class from 0 to 11"):
+    with pytest.raises(InputError, match="a class of 0 to 11"):
         read(open_split(str(tmp_path), "train"), 0)
 
 
