@@ -69,7 +69,7 @@ class PreparedOptimizer:
     def setup(self, link: chainer.Link) -> Any:
         require_scopes(link)
         super().setup(link)  # type: ignore[misc]
-        unique_parameters(link)
+        look_after(link)
         running_statistics.watch(link)
         return self
 
@@ -240,7 +240,7 @@ def prepare(optimizer: Any) -> Any:
     """
     require_optimizer(optimizer)
     require_scopes(optimizer.target)
-    unique_parameters(optimizer.target)
+    look_after(optimizer.target)
     if "actual_optimizer" in vars(optimizer):
         # MPI is needed only here.
         from ada_loss.chainer.mn import prepare_multi_node
@@ -325,6 +325,13 @@ def require_scopes(target: chainer.Link) -> None:
         raise ValueError(
             "The optimizer's model holds no AdaLossScaled: wrap the model before optimizer.setup(model)."
         )
+
+
+def look_after(target: chainer.Link) -> None:
+    """Make a link's parameters hold gradients in flight, and its steps end where an optimizer says so."""
+    unique_parameters(target)
+    for scope in scopes(target):
+        scope.policy.stepped = True
 
 
 def unique_parameters(target: chainer.Link) -> list[ScaledParameter]:

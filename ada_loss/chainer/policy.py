@@ -33,7 +33,7 @@ class ChainerPolicy(ShiftPolicy):
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
-        if not backward_state.running():
+        if not self.stepped and not backward_state.running():
             self.clear()
         return super().next_call(path)
 
@@ -54,6 +54,7 @@ class ChainerPolicy(ShiftPolicy):
             factor: what gy is multiplied by; None at a cast.
             own: settings of the site itself, if it has any.
         """
+        self.note_pass(backward_state.number())
         repeated = factor is not None and factor.is_parameter and self._calls[site.path] > 1
         summarize_weight = self._weights.summarize if repeated else summarize
         return self.choose(site, exponent, lambda config: measure(config, gy, factor, summarize_weight), own)
@@ -61,6 +62,7 @@ class ChainerPolicy(ShiftPolicy):
     def meeting(self) -> Meeting:
         """What is known of gradients that meet in a backward pass, as all do in the same order in every
         step."""
+        self.note_pass(backward_state.number())
         place = super().next_call(ACCUMULATION)
         headroom = HEADROOM + self.entry.backoff
         if not self.config.delayed and self.config.update_per_n_iteration == 1:

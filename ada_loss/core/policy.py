@@ -17,6 +17,9 @@ from ada_loss.core.formats import FLOAT16, FloatFormat
 from ada_loss.core.measurement import Measurement
 from ada_loss.core.range import Range
 
+STEADY = 100
+"""After how many steps of one backward pass each the next is taken to be one of those as well."""
+
 ACCUMULATION = "(accumulation)"
 """The name of places at which gradients are accumulated, in place of a layer's path."""
 
@@ -24,7 +27,9 @@ ACCUMULATION = "(accumulation)"
 class ShiftPolicy:
     """Chooses shifts by the configured rule, from what is measured every `update_per_n_iteration` iterations.
 
-    In between, and with delayed timing, what was measured last stands for what arrives.
+    In between, and with delayed timing, what was measured last stands for what arrives. Where a step adds up
+    the gradients of several backward passes, of tasks or of micro-batches that may differ in any way and come
+    in any order, each pass is measured as it arrives.
 
     Args:
         config: the settings.
@@ -34,6 +39,9 @@ class ShiftPolicy:
 
     shared = False
     """Whether other processes have such a policy too, so that measurements count only when all have them."""
+
+    stepped = False
+    """Whether an optimizer says where a step ends."""
 
     def __init__(
         self,
@@ -46,12 +54,23 @@ class ShiftPolicy:
         self.number_format = number_format
         self.entry = EntryScale.from_config(config)
         self.iteration = 0
+        self.single_passes = STEADY
         self.decisions: dict[Site, Decision] = {}
         self._amaxes: dict[Site, float] = {}
         self._deferred: dict[Site, Deferred[Range]] = {}
         self._deferred_amaxes: dict[Site, Deferred[float]] = {}
         self._calls: Counter[str] = Counter()
         self._met: set[Site] = set()
+        self._passes: set[int] = set()
+
+    def note_pass(self, number: int) -> None:
+        """Note that the backward pass of this number comes by."""
+        self._passes.add(number)
+
+    @property
+    def adds_passes(self) -> bool:
+        """Whether this step adds up several backward passes, as far as can be told from the last ones."""
+        return len(self._passes) > 1 or self.single_passes < STEADY
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
@@ -94,7 +113,7 @@ class ShiftPolicy:
         if found is None or found.nothing or self._is_due(config):
             find = partial(rule.range, config, self.number_format, exponent=exponent)
             deferred: Deferred[Range] = combine(find, measure(config))
-            if found is None or not config.delayed:
+            if found is None or not config.delayed or self.adds_passes:
                 (found,) = fetch([deferred])
                 deferred = Ready(found)
             if config.delayed:
@@ -131,7 +150,7 @@ class ShiftPolicy:
                 combine(partial(_true_amax, exponent), amax)
                 for exponent, amax in zip(exponents, look(), strict=True)
             ]
-            if unknown or not self.config.delayed:
+            if unknown or not self.config.delayed or self.adds_passes:
                 found = fetch(true)
                 true = [Ready(amax) for amax in found]
                 self._remember(_finite(zip(sites, found, strict=True)))
@@ -168,6 +187,7 @@ class ShiftPolicy:
         """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""
         self.entry = self.entry.after(finite=finite)
         self.iteration += 1
+        self._count_passes()
         # Sites that do not come up any more would pile up.
         self.decisions = {site: decision for site, decision in self.decisions.items() if site in self._met}
         self._amaxes = {site: amax for site, amax in self._amaxes.items() if site in self._met}
@@ -185,12 +205,16 @@ class ShiftPolicy:
         """Count the applications of each layer from zero again."""
         if not self.shared:
             self.use_measurements()
+        if not self.stepped:
+            self._count_passes()
         self._calls.clear()
         self._met.clear()
 
     def to_json(self) -> str:
         """Everything that decides the next step."""
-        return policy_state.to_json(self.iteration, self.entry, self.decisions.values(), self._amaxes)
+        return policy_state.to_json(
+            self.iteration, self.single_passes, self.entry, self.decisions.values(), self._amaxes
+        )
 
     def load_json(self, text: str) -> None:
         """Continue from what `to_json` returned.
@@ -198,10 +222,13 @@ class ShiftPolicy:
         Raises:
             ValueError: it is of a version of this package that is not known here.
         """
-        self.iteration, self.entry, self.decisions, self._amaxes = policy_state.from_json(text, self.entry)
+        self.iteration, self.single_passes, self.entry, self.decisions, self._amaxes = policy_state.from_json(
+            text, self.entry
+        )
         self._deferred.clear()
         self._deferred_amaxes.clear()
         self._calls.clear()
+        self._passes.clear()
 
     def reset(self) -> None:
         """Start afresh, as after construction."""
@@ -211,9 +238,13 @@ class ShiftPolicy:
         # What is deferred is of these very arrays, and not of their copies.
         return vars(self) | {"_deferred": {}, "_deferred_amaxes": {}}
 
+    def _count_passes(self) -> None:
+        self.single_passes = 0 if len(self._passes) > 1 else min(STEADY, self.single_passes + 1)
+        self._passes.clear()
+
     def _is_due(self, config: AdaLossConfig) -> bool:
         """Whether something is to be measured in this iteration even if it has been before."""
-        return self.iteration % config.update_per_n_iteration == 0
+        return self.adds_passes or self.iteration % config.update_per_n_iteration == 0
 
     def _remember(self, amaxes: dict[Site, float]) -> None:
         # A gradient that is zero once says nothing about the next.

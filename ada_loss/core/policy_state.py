@@ -16,12 +16,17 @@ VERSION = 2
 
 
 def to_json(
-    iteration: int, entry: EntryScale, decisions: Iterable[Decision], amaxes: Mapping[Site, float]
+    iteration: int,
+    single_passes: int,
+    entry: EntryScale,
+    decisions: Iterable[Decision],
+    amaxes: Mapping[Site, float],
 ) -> str:
     """The state that `from_json` reads."""
     state = {
         "version": VERSION,
         "iteration": iteration,
+        "single_passes": single_passes,
         "entry": entry.to_state(),
         "decisions": [[*d.site, d.rule.name, d.exponent, d.shift, d.range.to_state()] for d in decisions],
         "amaxes": [[*site, amax] for site, amax in amaxes.items()],
@@ -31,8 +36,10 @@ def to_json(
 
 def from_json(
     text: str, entry: EntryScale
-) -> tuple[int, EntryScale, dict[Site, Decision], dict[Site, float]]:
-    """The iteration, the entry scale, decisions and amaxes; of version 1, which has no number, as well.
+) -> tuple[int, int, EntryScale, dict[Site, Decision], dict[Site, float]]:
+    """The iteration, how many steps of one pass came last, the entry scale, decisions and amaxes.
+
+    Of version 1, which has no number, as well.
 
     Args:
         text: what `to_json` returned.
@@ -53,19 +60,20 @@ def from_json(
         ]
         amaxes = {Site(*place): amax for *place, amax in state["amaxes"]}
         entry, iteration = entry.restored(state["entry"]), state["iteration"]
+        single_passes = state["single_passes"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "The scales in this snapshot are of another version of ada_loss: start afresh, or load it with "
             "that version."
         ) from error
-    return iteration, entry, {decision.site: decision for decision in decisions}, amaxes
+    return iteration, single_passes, entry, {decision.site: decision for decision in decisions}, amaxes
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     """A state of version 1, in which a range was four numbers and amaxes of accumulated gradients peaks."""
     decisions = [[*decision, _range(*found)] for *decision, found in state["decisions"]]
     amaxes = [["(accumulation)", *place] for _, *place in state["peaks"]]
-    return state | {"version": VERSION, "decisions": decisions, "amaxes": amaxes}
+    return state | {"version": VERSION, "single_passes": 0, "decisions": decisions, "amaxes": amaxes}
 
 
 def _range(wanted: float, safe: float, zeros: float, room: float) -> list[Any]:
