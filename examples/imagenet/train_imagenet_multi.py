@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build_model(options.arch, n_class, options.first_bn_mixed16)
         if options.dtype != "float32":
             model = ada.AdaLossScaled(model, **scaling)  # 1
+            if options.verbose and ranks.rank == 0:
+                print(model.ada_loss.report)
         chain = TrainChain(model)
         chain.to_device(machine.device)
         optimizer = CorrectedMomentumSGD(momentum=options.momentum).setup(chain)
@@ -162,6 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="first batch normalization in float32 with --dtype float16",
     )
+    add("--verbose", action="store_true", help="say which layers get scales of their own")
     add_scaling_options(parser, dtype="float32", loss_scale_method="abs_range")
     add_run_options(parser, out="results", seed=None)
     return parser.parse_args(argv)
