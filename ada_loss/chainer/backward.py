@@ -24,7 +24,8 @@ import functools
 import heapq
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import chainer
@@ -36,10 +37,11 @@ from chainer.variable import VariableNode, _check_grad_type
 from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
 from ada_loss.chainer.hooks import hooked
+from ada_loss.chainer.ownership import in_scopes, tag_graph
 from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
 from ada_loss.chainer.parameters import ScaledParameter, adopt
 from ada_loss.chainer.products import backward_arrays, enters_float16, input_gradient, products_of
-from ada_loss.chainer.tagging import Tag, tag_of
+from ada_loss.chainer.tagging import Tag, communicates, tag_of
 from ada_loss.chainer.user_functions import is_users, users_gradients
 
 Inputs = list[tuple[VariableNode, InFlight]]
@@ -108,7 +110,7 @@ class BackwardPass:
             return
         running_statistics.went_through(function)
         tag = tag_of(function)
-        arrays, exponent = _aligned(gys if tag else [gy and _at_exponent_around(gy) for gy in gys], tag)
+        arrays, exponent = _aligned(gys if tag else [_outside(function, gy) for gy in gys], tag)
         del gys
         with hooked(function, arrays, exponent) as (arrays, exponent):
             found = _gradients(function, targets, arrays, exponent, tag)
@@ -143,7 +145,7 @@ class BackwardPass:
             if node not in self._leaves:
                 self._gradients[node] = self._present(node)
             self._leaves[node] = self._leaves.get(node, False) or tag is not None
-        elif tag is None and (inside := tag_of(creator)) is not None:
+        elif tag is None and not gradient.exponent and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
             backward_state.note_entry(inside.scope.policy)
             gradient = InFlight(shifted(gradient.array, exponent), exponent)
@@ -206,10 +208,14 @@ def _gradients(
     function: Any, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, tag: Tag | None
 ) -> Inputs:
     """The gradients of those inputs `targets` that have one, in order."""
-    if tag is not None and isinstance(function, Forget):
+    if isinstance(function, Forget):
         return _forgotten(function, targets, gys, exponent, tag)
-    if tag is not None:
-        gys, exponent = _agreed_over_processes(function, gys, exponent)
+    if tag is not None and communicates(function):
+        raise RuntimeError(
+            f"{function.label} sends gradients to other processes, which know nothing of their scale: "
+            "keep it outside AdaLossScaled."
+        )
+    gys, exponent = _agreed_over_processes(function, gys, exponent)
     if is_users(function):
         scales_sums = tag is not None and tag.scope.scales_sums(tag.point)
         headroom = _meeting(tag).headroom
@@ -260,12 +266,14 @@ def _decided(
 
 
 def _forgotten(
-    function: Forget, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, tag: Tag
+    function: Forget, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int, tag: Tag | None
 ) -> Inputs:
     """Recompute a forgotten part and go on through it; other leaves that it uses get their gradients here."""
     inputs = tuple(chainer.Variable(x.array) for x in function.get_retained_inputs())
-    with chainer.force_backprop_mode(), chainer.using_config("in_recomputing", True), tag.scope.recorder():
+    recorder = tag.scope.recorder() if tag else nullcontext()
+    with chainer.force_backprop_mode(), chainer.using_config("in_recomputing", True), recorder:
         outputs = _call_func(function.func, inputs)
+    tag_graph((y.node, None) for y in outputs)
     inner = BackwardPass()
     entries = zip(outputs, gys, strict=True)
     inner.run(((y.node, InFlight(gy, exponent)) for y, gy in entries if gy is not None), tag)
@@ -276,12 +284,6 @@ def _forgotten(
 
 def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -> tuple[tuple[Any, ...], int]:
     """Where a function averages over processes on the way back, all of them have to bring one exponent."""
-    implementation = function.function if isinstance(function, chainer.function.FunctionAdapter) else function
-    if type(implementation).__module__.startswith("chainermn."):
-        raise RuntimeError(
-            f"{function.label} sends gradients to other processes, which know nothing of their scale: "
-            "keep it outside AdaLossScaled."
-        )
     communicator = _communicator(function)
     if communicator is None or gys[0] is None:
         return gys, exponent
@@ -304,21 +306,11 @@ def _at_exponent_around(gradient: InFlight) -> InFlight:
     return InFlight(shifted(gradient.array, exponent - gradient.exponent), exponent)
 
 
-def _holds_scope(outputs: Any) -> bool:
-    """Whether any function from `outputs` on upstream belongs to a scope."""
-    return any(tag_of(function) is not None for function in _upstream(outputs))
-
-
-def _upstream(outputs: Any) -> Iterator[Any]:
-    """Every function from `outputs` on upstream, once."""
-    waiting = [node.creator_node for node, _ in outputs]
-    seen = set()
-    while waiting:
-        function = waiting.pop()
-        if function is not None and function not in seen:
-            yield function
-            seen.add(function)
-            waiting += [x.creator_node for x in function.inputs if x.requires_grad]
+def _outside(function: Any, gradient: InFlight | None) -> InFlight | None:
+    """What a function outside every scope is given: the true gradient, except where float16 would lose it."""
+    if gradient is None or gradient.array.dtype == np.float16 and not communicates(function):
+        return gradient
+    return _at_exponent_around(gradient)
 
 
 def is_ours(outputs: Any, loss_scale: float | None) -> bool:
@@ -328,8 +320,8 @@ def is_ours(outputs: Any, loss_scale: float | None) -> bool:
     are float16. A RuntimeError if they have a loss scale, which the second pass would not know of.
     """
     if not chainer.config.enable_backprop:
-        return bool(backward_state.exponent()) or _holds_scope(outputs)
-    scoped = [function for function in _upstream(outputs) if tag_of(function) is not None]
+        return bool(backward_state.exponent()) or any(True for _ in in_scopes(outputs))
+    scoped = list(in_scopes(outputs))
     if scoped and loss_scale not in (None, 1):
         raise RuntimeError("Double backpropagation through AdaLossScaled takes no loss scale: leave it out.")
     if any(x.dtype == np.float16 for function in scoped for x in function.inputs):
@@ -351,6 +343,7 @@ def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) 
             _chainers_engine(outputs, retain_grad, loss_scale)
     else:
         with backward_state.noted(loss_scale), origin.backward_from(node for node, _ in outputs):
+            tag_graph(outputs)
             this, exponent = BackwardPass(retain_grad=retain_grad), backward_state.exponent()
             this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
             this.finish()

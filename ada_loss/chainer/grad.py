@@ -16,6 +16,7 @@ from ada_loss.arrays.casting import cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.backward import BackwardPass, is_ours
 from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.ownership import tag_graph
 
 # This module may be reloaded, when its functions are installed already.
 _chainers_grad = inspect.unwrap(function_node.grad)
@@ -81,6 +82,7 @@ def _backprop(
     exponent = backward_state.exponent()
     given = ((node, InFlight(gy.array, exponent)) for node, gys in grads.grads.items() for gy in gys)
     with backward_state.noted(loss_scale):
+        tag_graph((y.node, None) for y in outputs)
         this.run(given, starts=[y.node for y in outputs])
     return this.result()
 

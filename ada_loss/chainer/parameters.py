@@ -87,6 +87,9 @@ class ScaledParameter(chainer.Parameter):
     _fleeting = False
     """Whether the true gradient that an update asks for is given up after it."""
 
+    home: Any = None
+    """Where the parameter is, once that has been asked (`ownership.Home`)."""
+
     master: Any = None
     """float32 values of a float16 parameter, kept by a prepared optimizer; None before its first update."""
 

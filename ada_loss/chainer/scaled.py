@@ -11,7 +11,7 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
-from ada_loss.chainer import backward_state
+from ada_loss.chainer import backward_state, ownership
 from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import ChainerPolicy
@@ -80,6 +80,8 @@ class AdaLossScaled(Watched, chainer.Link):
         report, refused = transform(link, filter)
         become(link, _scaled_class(cls, type(link)))
         vars(link)[NAME] = Scaling(ChainerPolicy(config, refused), report, dtype)
+        ownership.register(link)
+        ownership.claim()
         return link
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,6 +120,7 @@ class AdaLossScaled(Watched, chainer.Link):
             # `Sequential` copies into a new one.
             become(other, _scaled_class(AdaLossScaled, type(other)))
         vars(other)[NAME] = self.ada_loss.copied(fresh=mode == "init")
+        ownership.register(other)
         return other
 
     def copyparams(self, link: chainer.Link, copy_persistent: bool = True) -> None:
@@ -183,6 +186,7 @@ def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, 
     if not isinstance(link, AdaLossScaled):
         become(link, _scaled_class(AdaLossScaled, type(link)))
     vars(link)[NAME] = scaling
+    ownership.register(link)
     return link
 
 

@@ -37,6 +37,12 @@ def tag_of(function: chainer.FunctionNode) -> Tag | None:
     return getattr(function, "ada_loss_tag", None)
 
 
+def communicates(function: chainer.FunctionNode) -> bool:
+    """Whether a function hands gradients to other processes on the way back."""
+    implementation = function.function if isinstance(function, chainer.function.FunctionAdapter) else function
+    return type(implementation).__module__.startswith("chainermn.")
+
+
 class LinkPaths:
     """Paths of the links below a root, looked up by identity; found anew when an unknown link turns up."""
 

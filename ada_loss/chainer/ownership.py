@@ -1,0 +1,171 @@
+"""Which functions of a graph belong to which scaled model, whatever computed them.
+
+A model's call tags the functions that it applies (`tagging.py`). The others are found in the graph when a
+backward pass starts: by the parameters that they use, and by what they use the results of.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import chainer
+import numpy as np
+
+from ada_loss.chainer.fan_outs import find_fan_outs
+from ada_loss.chainer.parameters import adopt
+from ada_loss.chainer.products import is_decision
+from ada_loss.chainer.tagging import Point, Site, Tag, communicates, named_links, tag_of
+
+Outputs = Iterable[tuple[Any, Any]]
+"""Nodes at which a backward pass begins, with their gradients."""
+
+_models: dict[int, weakref.ref[Any]] = {}
+"""The scaled models that exist, by id, in the order in which they were scaled."""
+
+
+class Home(NamedTuple):
+    """Where a parameter is: in which scaled model, in which of its links, and that link's path."""
+
+    model: weakref.ref[Any]
+    link: weakref.ref[chainer.Link]
+    path: str
+
+
+class _Place(NamedTuple):
+    """A function's owner, and the nearest decision point from it on upstream, by its path."""
+
+    scope: Any
+    path: str
+
+
+_NOWHERE = _Place(None, "/")
+
+
+def register(model: Any) -> None:
+    """Count a link among the scaled models, as long as it exists."""
+    key = id(model)
+    _models[key] = weakref.ref(model, lambda _: _models.pop(key, None))
+
+
+def claim() -> None:
+    """Note in every parameter of a scaled model where it is.
+
+    Of several models that share one it is the first, and of models inside one another the outermost.
+    """
+    models = [model for reference in list(_models.values()) if (model := reference()) is not None]
+    links = [named_links(model) for model in models]
+    inner = {id(link) for found in links for path, link in found.items() if path != "/"}
+    homes: dict[int, Home] = {}
+    for model, found in zip(models, links, strict=True):
+        if id(model) not in inner:
+            for path, link in found.items():
+                for name in sorted(link._params):
+                    parameter = vars(link)[name]
+                    if id(parameter) not in homes:
+                        homes[id(parameter)] = Home(weakref.ref(model), weakref.ref(link), path)
+                        adopt(parameter).home = homes[id(parameter)]
+
+
+def owner_of(parameter: Any) -> Any:
+    """The scaled model that a parameter is in; None for others."""
+    home = _known_home(parameter)
+    return home and home.model()
+
+
+def in_scopes(outputs: Outputs) -> Iterator[Any]:
+    """The functions of the graph of `outputs` that a scaled model's call has tagged or that use a parameter of
+    one: without any, no scaled model has a part in it."""
+    claimed = not _models
+    for function in _upstream(outputs):
+        if not claimed and any(_known_home(parameter) is None for parameter in _parameters(function)):
+            claimed = True
+            claim()
+        if tag_of(function) is not None or _home(function) is not None:
+            yield function
+
+
+def tag_graph(outputs: Outputs) -> None:
+    """Tag the functions of a graph that belong to a scaled model.
+
+    Those are the functions that a model's call has tagged, those that use a parameter of a model, and, where
+    they are given float16, those that use only results of one model.
+    """
+    functions = sorted(_upstream(outputs), key=lambda function: function.rank)
+    if _models and any(_known_home(p) is None for function in functions for p in _parameters(function)):
+        claim()
+    places: dict[Any, _Place] = {}
+    scopes: dict[int, Any] = {}
+    found: dict[Any, list[tuple[Any, str]]] = {}
+    for function in functions:
+        places[function] = place = _place(function, places, scopes)
+        tag = tag_of(function)
+        if tag is None and _belongs(function, place):
+            tag = function.ada_loss_tag = Tag(place.scope, _point(function, place))
+            found.setdefault(place.scope.policy, []).append((function, place.path))
+        if tag is not None and tag.point is not None:
+            places[function] = _Place(place.scope, tag.point.site.path)
+    for policy, applied in found.items():
+        if policy.fan_outs is None:
+            policy.fan_outs = find_fan_outs(applied)
+
+
+def _upstream(outputs: Outputs) -> Iterator[Any]:
+    """Every function through which gradients go from `outputs` on."""
+    seen = set()
+    waiting = [node.creator_node for node, _ in outputs]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            yield function
+            waiting += [x.creator_node for x in function.inputs if x.requires_grad]
+
+
+def _parameters(function: Any) -> Iterator[Any]:
+    for x in function.inputs:
+        if x.creator_node is None and isinstance(variable := x.get_variable_or_none(), chainer.Parameter):
+            yield variable
+
+
+def _known_home(parameter: Any) -> Home | None:
+    home = getattr(parameter, "home", None)
+    return home if home is not None and home.model() is not None else None
+
+
+def _home(function: Any) -> Home | None:
+    """The home of the first parameter of a scaled model among a function's inputs."""
+    return next((home for p in _parameters(function) if (home := _known_home(p)) is not None), None)
+
+
+def _place(function: Any, places: dict[Any, _Place], scopes: dict[int, Any]) -> _Place:
+    """A function's owner: by its tag, by its parameters, or that of all inputs that have one."""
+    before = [places.get(x.creator_node, _NOWHERE) for x in function.inputs if x.requires_grad]
+    owners = {place.scope.policy: place for place in before if place.scope is not None}
+    tag, home = tag_of(function), _home(function)
+    upstream = next((place.path for place in before if place.scope is not None), "/")
+    if tag is not None:
+        return _Place(tag.scope, upstream)
+    if home is not None:
+        model: Any = home.model()
+        if id(model) not in scopes:
+            scopes[id(model)] = model.ada_loss.scope(model)
+        return _Place(scopes[id(model)], home.path)
+    return next(iter(owners.values())) if len(owners) == 1 else _NOWHERE
+
+
+def _point(function: Any, place: _Place) -> Point | None:
+    if not is_decision(function):
+        return None
+    home = _home(function)
+    config = getattr(home.link(), "ada_loss_config", None) if home else None
+    return Point(Site(place.path, place.scope.policy.next_call(place.path)), config)
+
+
+def _belongs(function: Any, place: _Place) -> bool:
+    """Whether a function that no call has tagged belongs to the scope at its place."""
+    if place.scope is None or communicates(function):
+        return False
+    narrow = any(x.requires_grad and x.dtype == np.float16 for x in function.inputs)
+    return narrow or _home(function) is not None
