@@ -14,8 +14,8 @@ import numpy as np
 from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.origin import Skip
+from ada_loss.chainer.ownership import claim, scaled_models
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
-from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.settings import require_optimizer
 from ada_loss.chainer.snapshot import load_optional
@@ -309,18 +309,19 @@ def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwarg
 
 
 def scopes(target: chainer.Link) -> list[Scaling]:
-    """What is kept on the scaled models that a link holds."""
+    """What is kept on the scaled models that a link holds or is a part of."""
     return list(named_scopes(target).values())
 
 
 def named_scopes(target: chainer.Link) -> dict[str, Scaling]:
-    """What is kept on the scaled models that a link holds, each once, by the model's path."""
-    found = {id(link): (path, link) for path, link in target.namedlinks() if isinstance(link, AdaLossScaled)}
-    return {path: link.ada_loss for path, link in found.values()}
+    """What is kept on the scaled models that a link holds, each once, by the model's path; of one that the
+    link is a part of, by the path of the first parameter that is in it."""
+    return {path: model.ada_loss for path, model in scaled_models(target).items()}
 
 
 def require_scopes(target: chainer.Link) -> None:
-    """A ValueError if a link holds no scaled model."""
+    """A ValueError if a link holds no scaled model and is part of none."""
+    claim()
     if not scopes(target):
         raise ValueError(
             "The optimizer's model holds no AdaLossScaled: wrap the model before optimizer.setup(model)."

@@ -49,6 +49,12 @@ def register(model: Any) -> None:
     _models[key] = weakref.ref(model, lambda _: _models.pop(key, None))
 
 
+def is_scaled(link: chainer.Link) -> bool:
+    """Whether a link is a scaled model."""
+    reference = _models.get(id(link))
+    return reference is not None and reference() is link
+
+
 def claim() -> None:
     """Note in every parameter of a scaled model where it is.
 
@@ -72,6 +78,18 @@ def owner_of(parameter: Any) -> Any:
     """The scaled model that a parameter is in; None for others."""
     home = _known_home(parameter)
     return home and home.model()
+
+
+def scaled_models(target: chainer.Link) -> dict[str, Any]:
+    """The scaled models that a link holds, each once, by path, and those that its parameters are in."""
+    found = {path: link for path, link in named_links(target).items() if is_scaled(link)}
+    known = {id(model) for model in found.values()}
+    for path, parameter in sorted(target.namedparams()):
+        model = owner_of(parameter)
+        if model is not None and id(model) not in known:
+            known.add(id(model))
+            found[path] = model
+    return found
 
 
 def in_scopes(outputs: Outputs) -> Iterator[Any]:

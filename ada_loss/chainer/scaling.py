@@ -8,6 +8,7 @@ from typing import Any
 import chainer
 import numpy as np
 
+from ada_loss.chainer import ownership
 from ada_loss.chainer.fan_outs import FanOut
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.scope import Scope
@@ -46,7 +47,10 @@ class Scaling:
         return self.policy.fan_outs or ()
 
     def scope(self, model: chainer.Link) -> Scope:
-        """A scope for one call of the model."""
+        """A scope for one call of the model, or for what a backward pass meets of it."""
+        if not ownership.is_scaled(model):
+            # A copy that the model's own class has made.
+            ownership.register(model)
         return Scope(self.policy, self._paths, weakref.ref(model), self.output_dtype)
 
     def copied(self, *, fresh: bool) -> Scaling:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import chainer
 import numpy as np
+from chainer.utils.type_check import InvalidType
 
+from ada_loss.chainer.advice import explain
 from ada_loss.chainer.fan_outs import find_fan_outs
 from ada_loss.chainer.nested import map_variables
 from ada_loss.chainer.policy import ChainerPolicy
@@ -39,13 +43,12 @@ class Scope:
         first = chainer.config.enable_backprop and self.policy.fan_outs is None
         applied: list[tuple[Any, str]] | None = [] if first else None
         recorder = self.recorder(applied)
-        with recorder:
-            results = forward(*args, **kwargs)
-            with recorder.named(ENTRY, None):
-                results = map_variables(self._leaving, results)
+        results = self._computed(recorder, partial(forward, *args, **kwargs))
         if applied is not None:
             self.policy.fan_outs = find_fan_outs(applied)
-        return results
+        if isinstance(results, GeneratorType):
+            return self._steps(results)
+        return self._steps(item for item in results) if _is_lazy(results) else results
 
     def recorder(self, applied: list[tuple[Any, str]] | None = None) -> Recorder:
         """A recorder that tags functions as belonging to this scope."""
@@ -72,11 +75,46 @@ class Scope:
         """The shift with which a gradient is rounded to float16."""
         return self.policy.choose_for(point.site, gy, exponent, own=point.config)
 
-    def _leaving(self, result: chainer.Variable) -> chainer.Variable:
-        if self.output_dtype is None or result.array is None or result.dtype != np.float16:
+    def _computed(self, recorder: Recorder, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, on its way out of this scope."""
+        try:
+            with recorder:
+                results = compute()
+                with recorder.named(ENTRY, None):
+                    return map_variables(self._leaving, results)
+        except InvalidType as error:
+            explain(error)
+            raise
+
+    def _steps(self, results: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Results that are computed one by one, as somebody asks for them: each in this scope."""
+        resume: Callable[[], Any] = partial(next, results)
+        while True:
+            try:
+                result = self._computed(self.recorder(), resume)
+            except StopIteration as end:
+                return end.value
+            try:
+                sent = yield result
+                resume = partial(results.send, sent)
+            except GeneratorExit:
+                results.close()
+                raise
+            except BaseException as error:
+                resume = partial(results.throw, error)
+
+    def _leaving(self, result: Any) -> Any:
+        if self.output_dtype is None or result.dtype != np.float16:
             return result
-        return chainer.functions.cast(result, self.output_dtype)
+        if not isinstance(result, chainer.Variable):
+            return result.astype(self.output_dtype)
+        return result if result.array is None else chainer.functions.cast(result, self.output_dtype)
 
     def _path_of(self, link: chainer.Link) -> str | None:
         root = self.link()
         return None if root is None else self.paths.find(link, root)
+
+
+def _is_lazy(results: Any) -> bool:
+    """Whether results are computed as somebody asks for them, as by `map`."""
+    return isinstance(results, map | filter | zip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import chainer
+import numpy as np
 
 from ada_loss.chainer.made_classes import become, made_class, picklable
 from ada_loss.core.config import AdaLossConfig
@@ -24,6 +25,14 @@ class ScaledLayer:
         """Give this layer settings of its own; returns the layer."""
         self.ada_loss_config = config
         return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = super().forward  # type: ignore[misc]
+        # What a subclass does with its input is its own business.
+        if own.__func__.__module__.startswith("chainer."):
+            args = tuple(_fitting(x, self) for x in args)
+            kwargs = {name: _fitting(x, self) for name, x in kwargs.items()}
+        return own(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -46,3 +55,20 @@ def as_variant(layer: Layer) -> Layer:
     if not isinstance(layer, ScaledLayer):
         become(layer, variant_class(type(layer)))
     return layer
+
+
+def _fitting(x: Any, layer: Any) -> Any:
+    """An input in the format of the layer's weights, where one of the two is float16 and the other wider."""
+    dtype = getattr(x, "dtype", None)
+    if not isinstance(dtype, np.dtype) or dtype.kind != "f":
+        return x
+    weights = _dtype_of(layer.W)
+    return chainer.functions.cast(x, weights) if np.float16 in (dtype, weights) else x
+
+
+def _dtype_of(weights: chainer.Variable) -> np.dtype[Any]:
+    """The format that weights have, or will have once they are initialized."""
+    if weights.array is not None:
+        return weights.dtype
+    own = getattr(weights.initializer, "dtype", None)
+    return np.dtype(chainer.get_dtype(own, map_mixed16=np.float16))
