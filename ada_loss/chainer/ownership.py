@@ -93,8 +93,10 @@ def scaled_models(target: chainer.Link) -> dict[str, Any]:
 
 
 def in_scopes(outputs: Outputs) -> Iterator[Any]:
-    """The functions of the graph of `outputs` that a scaled model's call has tagged or that use a parameter of
-    one: without any, no scaled model has a part in it."""
+    """The functions of a graph that a scaled model's call has tagged, or that use a parameter of one.
+
+    Without any, no scaled model has a part in the graph.
+    """
     claimed = not _models
     for function in _upstream(outputs):
         if not claimed and any(_known_home(parameter) is None for parameter in _parameters(function)):
