@@ -82,7 +82,8 @@ class _Place(NamedTuple):
         return self.label if self.after is None else f"{self.label} after {self.after.text(paths)}"
 
     def _path(self, paths: Mapping[int, str]) -> str | None:
-        given_name = self.path is not None and not self.path.startswith("/")
+        # In parentheses are names of ours, such as that of the model's results.
+        given_name = self.path is not None and not self.path.startswith(("/", "("))
         parameter = None if self.parameter is None or given_name else self.parameter()
         path = None if parameter is None else paths.get(id(parameter))
         return self.path if path is None else path.rpartition("/")[0] or "/"
