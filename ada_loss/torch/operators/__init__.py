@@ -5,9 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
-
-from ada_loss.torch.operators import exits, fallback, in_place, joins, linear, products, views
+from ada_loss.torch.operators import (
+    exits,
+    fallback,
+    in_place,
+    joins,
+    leaf_gradients,
+    linear,
+    products,
+    views,
+)
 from ada_loss.torch.operators.registry import KINDS, RULES
 
 __all__ = ["KINDS", "RULES", "apply", "enter", "exits", "is_entry", "joins", "linear", "products"]
@@ -17,8 +24,8 @@ enter, is_entry = exits.enter, exits.is_entry
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator returns for arguments some of which are scaled."""
-    if _keeps_for_good(func):
-        return func(args[0].to_true(), *args[1:], **kwargs)
+    if func in leaf_gradients.STORING and leaf_gradients.is_being_stored():
+        return leaf_gradients.stored(func, args, kwargs)
     rule = RULES.get(func.overloadpacket)
     if rule is not None:
         result = rule(func, args, kwargs)
@@ -35,14 +42,6 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fallback.changes_arguments(func, args, kwargs)
     fallback.write(args[0], functional(*args, **kwargs))
     return args[0]
-
-
-def _keeps_for_good(func: Any) -> bool:
-    """Whether this is autograd storing a gradient in a leaf's `grad`, which has to be the true one."""
-    if func is not torch.ops.aten.detach.default and func is not torch.ops.aten.clone.default:
-        return False
-    node = torch._C._current_autograd_node()
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
 @cache
