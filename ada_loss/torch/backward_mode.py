@@ -39,11 +39,11 @@ class BackwardMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if ScaledTensor in types:
             return operators.apply(func, args, kwargs)
-        # With gradients enabled this is a forward pass, as checkpointing computes it again within backward.
-        if operators.is_entry(func, args, kwargs, self.shifts) and not torch.is_grad_enabled():
-            self.entered += 1
-            return operators.enter(func, args, kwargs, self.shifts)
-        return func(*args, **kwargs)
+        result = operators.begins_scaled(func, args, kwargs, self.shifts)
+        if result is NotImplemented:
+            return func(*args, **kwargs)
+        self.entered += 1
+        return result
 
     def seed(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient with which backward begins; scaled where it is of a scaled dtype."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.shifts import Shifts
+from ada_loss.core.formats import FLOAT16
+from ada_loss.torch.shifts import Shifts, factor_to, finite_peak, times
 
 
 class Family:
@@ -76,19 +77,22 @@ class ScaledTensor(torch.Tensor):
 
     def to_true(self) -> torch.Tensor:
         """The value as a plain tensor, in float32 where the data are float16."""
-        return self.scaled_data.to(torch.promote_types(self.dtype, torch.float32)) / self.scale
+        return times(self.scaled_data.to(torch.promote_types(self.dtype, torch.float32)), 1 / self.scale)
 
     def assign(self, value: ScaledTensor) -> None:
         """Write a value in place. Where the tensor shares its data with others, theirs are rescaled with
         it."""
-        family, data = self.family, value.scaled_data
+        family = self.family
         if self.scaled_data is family.root:
+            self.scaled_data.copy_(value.scaled_data)
             family.scale = value.scale
-        else:
-            scale = torch.minimum(value.scale, family.scale)
-            family.root.copy_(family.root.float() * (scale / family.scale))
-            data = data.float() * (scale / value.scale)
-            family.scale = scale
+            return
+        fits = factor_to(FLOAT16.max, finite_peak(family.root)) * family.scale
+        scale = torch.minimum(value.scale, fits)
+        # Before the root changes, of which the value may be another view.
+        data = times(value.scaled_data.float(), scale / value.scale)
+        family.root.copy_(times(family.root.float(), scale / family.scale))
+        family.scale = scale
         self.scaled_data.copy_(data)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

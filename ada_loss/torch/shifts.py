@@ -8,8 +8,9 @@ there: the product is at hand in float32 before it is rounded, and so is its pea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from statistics import NormalDist
 
 import torch
@@ -23,6 +24,9 @@ from ada_loss.core.rules.auto import HEADROOM as AUTO_HEADROOM
 METHODS = ("auto", "approx_range", "abs_range", "fixed")
 """The methods of `AdaLossConfig` that this front end knows."""
 
+OF_ZERO = 2.0**100
+"""The scale of zeros, which fit any: where they meet others, those decide."""
+
 _TINY = 2.0**-111
 """Peaks below count as this much: what they are scaled by stays within float32."""
 
@@ -31,6 +35,11 @@ def floor_power_of_two(x: torch.Tensor) -> torch.Tensor:
     """The largest power of two at most x, a positive float32 tensor: x without its mantissa. Infinity for
     what is not finite, 0 for subnormal numbers."""
     return torch.bitwise_and(x.view(torch.int32), 0x7F800000).view(torch.float32)
+
+
+def times(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """x times a power of two, in x's dtype, also where x has no axes either."""
+    return x * (power if x.dim() else power.to(x.dtype))
 
 
 def peak(x: torch.Tensor) -> torch.Tensor:
@@ -43,9 +52,14 @@ def peak(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(high, -low).float()
 
 
-def factor_to(target: float | torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """The largest power of two that leaves a magnitude at or below `target`."""
-    return floor_power_of_two(target / magnitude.clamp(min=_TINY))
+def finite_peak(x: torch.Tensor) -> torch.Tensor:
+    """The largest finite magnitude in x: what is not finite may be masked later on."""
+    return peak(torch.nan_to_num(x, 0.0, 0.0, 0.0))
+
+
+def factor_to(target: float, magnitude: torch.Tensor) -> torch.Tensor:
+    """The largest power of two that leaves a magnitude at or below `target`; 1 if it is not finite."""
+    return floor_power_of_two(target / magnitude.clamp(min=_TINY).nan_to_num(target, target))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +96,17 @@ class Shifts:
         return torch.ones_like(scale)
 
     def of_sum(
-        self, total: torch.Tensor, scale: torch.Tensor, highest: torch.Tensor | None = None
+        self, total: torch.Tensor, scale: torch.Tensor, meeting: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
         """The factor for anything else that is linear in gradients, before it is rounded.
 
         total: in float32, at `scale`.
-        highest: where several gradients meet, the largest of their scales.
+        meeting: where several gradients meet, their scales.
         """
-        if highest is None:
+        if not meeting:
             return torch.ones_like(scale)
-        return torch.minimum(highest / scale, factor_to(FLOAT16.max, peak(total)))
+        highest = reduce(torch.maximum, [torch.where(s < OF_ZERO, s, scale) for s in meeting])
+        return torch.minimum(highest / scale, factor_to(FLOAT16.max, finite_peak(total)))
 
     def _entry_on(self, device: torch.device) -> torch.Tensor:
         return self.entry.to(device, torch.float64, non_blocking=True)
@@ -106,7 +121,7 @@ class AutoShifts(Shifts):
     """`auto`: peaks at a fixed distance below the largest float16."""
 
     def entering(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self._towards(AUTO_CAST_HEADROOM, gradient).double()
+        return self._towards(AUTO_CAST_HEADROOM, finite_peak(gradient)).double()
 
     def of_product(
         self,
@@ -116,15 +131,15 @@ class AutoShifts(Shifts):
         factor: torch.Tensor,
         fan: int,
     ) -> torch.Tensor:
-        return self._towards(AUTO_HEADROOM, product)
+        return self._towards(AUTO_HEADROOM, peak(product))
 
     def of_sum(
-        self, total: torch.Tensor, scale: torch.Tensor, highest: torch.Tensor | None = None
+        self, total: torch.Tensor, scale: torch.Tensor, meeting: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        return self._towards(AUTO_HEADROOM, total)
+        return self._towards(AUTO_HEADROOM, finite_peak(total) if meeting else peak(total))
 
-    def _towards(self, headroom: int, x: torch.Tensor) -> torch.Tensor:
-        return factor_to(FLOAT16.max * 2.0**-headroom * self._backoff_on(x.device), peak(x))
+    def _towards(self, headroom: int, magnitude: torch.Tensor) -> torch.Tensor:
+        return factor_to(FLOAT16.max * 2.0**-headroom, magnitude) * self._backoff_on(magnitude.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +154,7 @@ class RangeShifts(Shifts):
             low = _low_of_log_normal(gradient, self.config.n_uf)
         else:
             low = _normal_quantile((1 + self.config.n_uf) / 2) * root_mean_square(gradient)
-        return entry * self._bounded(low, peak(gradient), gradient.device, entry, torch.ones_like(entry))
+        return entry * self._bounded(low, finite_peak(gradient), entry, torch.ones_like(entry))
 
     def of_product(
         self,
@@ -155,20 +170,19 @@ class RangeShifts(Shifts):
             # ReLU zeroes half of the terms.
             sigma = root_mean_square(gradient) * root_mean_square(factor) * math.sqrt(fan / 2)
             low = _normal_quantile((1 + self.config.n_uf) / 2) * sigma
-        return self._bounded(low, fan * peak(gradient) * peak(factor), gradient.device, scale, scale)
+        return self._bounded(low, fan * peak(gradient) * peak(factor), scale, scale)
 
     def _bounded(
         self,
         low: torch.Tensor,
         high: torch.Tensor,
-        device: torch.device,
         carried: torch.Tensor,
         measured_at: torch.Tensor,
     ) -> torch.Tensor:
         """The factor that brings `low` to the smallest float16, unless it would bring `high` beyond the
         largest or leave the bounds. Both magnitudes are measured at a scale; `carried` is the scale that the
         gradient has already."""
-        backoff = self._backoff_on(device)
+        backoff = self._backoff_on(carried.device)
         ahead = backoff * (measured_at / carried)
         wanted = factor_to(FLOAT16.smallest_subnormal, low) * ahead
         factor = torch.minimum(wanted.clamp(min=1.0), factor_to(FLOAT16.max, high) * ahead)
@@ -178,7 +192,7 @@ class RangeShifts(Shifts):
             factor = torch.minimum(
                 factor, 2.0 ** floor_log2(self.config.accum_upper_bound) * backoff / carried
             )
-        return torch.where(high > 0, factor, torch.ones_like(factor))
+        return torch.where((high > 0) & torch.isfinite(high), factor, torch.ones_like(factor))
 
 
 def shifts_for(config: AdaLossConfig, entry: torch.Tensor) -> Shifts:

@@ -23,7 +23,7 @@ class ForcedShifts(Shifts):
     def of_product(self, product, scale, gradient, factor, fan):
         return self._factor()
 
-    def of_sum(self, total, scale, highest=None):
+    def of_sum(self, total, scale, meeting=()):
         return self._factor()
 
     def _factor(self):

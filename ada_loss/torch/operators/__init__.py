@@ -5,21 +5,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ada_loss.torch.operators import (
-    exits,
-    fallback,
-    in_place,
-    joins,
-    leaf_gradients,
-    linear,
-    products,
-    views,
-)
+import torch
+
+from ada_loss.torch.operators import entries, fallback, in_place, leaf_gradients, views
+from ada_loss.torch.operators import exits as exits  # these register their rules
+from ada_loss.torch.operators import joins as joins
+from ada_loss.torch.operators import linear as linear
+from ada_loss.torch.operators import products as products
 from ada_loss.torch.operators.registry import KINDS, RULES
 
-__all__ = ["KINDS", "RULES", "apply", "enter", "exits", "is_entry", "joins", "linear", "products"]
+__all__ = ["KINDS", "RULES", "apply", "begins_scaled"]
 
-enter, is_entry = exits.enter, exits.is_entry
+begins_scaled = entries.begins_scaled
 
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,10 +28,14 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
+    if _has_parts(func):
+        return func.decompose(*args, **kwargs)
     if views.is_view(func):
         result = views.view(func, args, kwargs)
         if result is not NotImplemented:
             return result
+    if views.changes_shape(func):
+        return views.change_shape(func, args, kwargs)
     if not _changes_arguments(func):
         return fallback.from_true_values(func, args, kwargs)
     functional = in_place.out_of_place(func)
@@ -42,6 +43,12 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fallback.changes_arguments(func, args, kwargs)
     fallback.write(args[0], functional(*args, **kwargs))
     return args[0]
+
+
+@cache
+def _has_parts(func: Any) -> bool:
+    """Whether an operator is made of others, which have rules."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 @cache

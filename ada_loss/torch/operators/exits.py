@@ -1,4 +1,4 @@
-"""Casts: where gradients leave float16 as true values, and where true values enter."""
+"""Casts of scaled gradients: to a wider dtype they leave as true values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ada_loss.torch.operators.registry import implements
-from ada_loss.torch.operators.results import entering, rounded
+from ada_loss.torch.operators.results import rounded
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import Shifts
 
 
 @implements("exit", "aten._to_copy", "prims.convert_element_type")
@@ -28,23 +27,3 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def cast_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
     """The dtype that a cast gives; None where it keeps the dtype."""
     return kwargs.get("dtype") or (args[1] if len(args) > 1 else None)
-
-
-def is_entry(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shifts: Shifts) -> bool:
-    """Whether a call casts plain numbers from a wider dtype to one that is scaled."""
-    if (
-        func is not torch.ops.aten._to_copy.default
-        and func is not torch.ops.prims.convert_element_type.default
-    ):
-        return False
-    source = args[0].dtype
-    return cast_to(args, kwargs) in shifts.dtypes and source not in shifts.dtypes and source.is_floating_point
-
-
-def enter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shifts: Shifts) -> ScaledTensor:
-    """The cast, scaled before it is rounded."""
-    dtype = cast_to(args, kwargs)
-    entered = entering(args[0], dtype, shifts)
-    if func is torch.ops.prims.convert_element_type.default:
-        return entered
-    return cast(func, (entered,), kwargs)

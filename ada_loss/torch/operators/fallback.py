@@ -12,6 +12,13 @@ from ada_loss.torch.operators.results import entering
 from ada_loss.torch.scaled_tensor import ScaledTensor
 from ada_loss.torch.shifts import Shifts
 
+IN_FLOAT32 = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in "log log2 log10 log1p exp exp2 expm1 logcumsumexp logsumexp linalg_vector_norm norm".split()
+)
+"""Operators whose result stays in float32: they are not linear, and what they return need not be small where
+their argument is."""
+
 _warned: set[Any] = set()
 
 
@@ -20,7 +27,7 @@ def from_true_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     shifts = scaled_in((args, kwargs))[0].shifts
     results = func(*mapped(true, args), **mapped(true, kwargs))
     tensors = [leaf for leaf in leaves(results) if isinstance(leaf, torch.Tensor)]
-    if not any(tensor.is_floating_point() for tensor in tensors):
+    if func.overloadpacket in IN_FLOAT32 or not any(tensor.is_floating_point() for tensor in tensors):
         return results
     dtypes = iter(_dtypes(func, args, kwargs, tensors))
     rescaled = False

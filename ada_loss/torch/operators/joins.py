@@ -8,67 +8,62 @@ from typing import Any
 import torch
 
 from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, widened
+from ada_loss.torch.operators.linear import passes
 from ada_loss.torch.operators.registry import Rule, register
-from ada_loss.torch.operators.results import rounded
+from ada_loss.torch.operators.results import one, rounded
 from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.shifts import times
 
 
 def joins(*positions: int) -> Rule:
     """The rule of an operator that is linear in all of its arguments at these positions together, each a
     tensor or a list of tensors.
 
-    They are brought to the smallest scale among them, in float32, where nothing overflows.
+    They are brought to the smallest scale among them, in float32, where nothing overflows. A gradient that
+    only meets zeros given as numbers passes through.
     """
 
     def rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = only_scaled(positions, args, kwargs)
-        meeting = [args[i] for i in positions if i < len(args)]
-        if not found or not all(isinstance(leaf, torch.Tensor) for leaf in leaves(meeting)):
+        meeting = list(leaves([args[i] for i in positions if i < len(args)]))
+        tensors = [leaf for leaf in meeting if isinstance(leaf, torch.Tensor)]
+        if not found or any(leaf != 0 for leaf in meeting if not isinstance(leaf, torch.Tensor)):
             return NotImplemented
-        shifts, dtype = found[0].shifts, _joint_dtype(meeting)
+        if len(tensors) == 1 and not kwargs:
+            return passes(*positions)(func, args, kwargs)
+        shifts, dtype = found[0].shifts, _joint_dtype(tensors)
         scales = [leaf.scale for leaf in found]
-        lowest, highest = reduce(torch.minimum, scales), reduce(torch.maximum, scales)
-        if any(not isinstance(leaf, ScaledTensor) for leaf in leaves(meeting)):
-            lowest, highest = lowest.clamp(max=1.0), highest.clamp(min=1.0)
+        if any(not isinstance(leaf, ScaledTensor) for leaf in tensors):
+            scales.append(one(found[0]))
+        lowest = reduce(torch.minimum, scales)
 
         def aligned(leaf: Any) -> Any:
-            return widened(leaf) * (lowest / leaf.scale if isinstance(leaf, ScaledTensor) else lowest)
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return times(widened(leaf), lowest / leaf.scale if isinstance(leaf, ScaledTensor) else lowest)
 
         arguments = [mapped(aligned if i in positions else widened, arg) for i, arg in enumerate(args)]
         result = func(*arguments, **kwargs)
         return rounded(
-            result, dtype, lowest, shifts, lambda total, scale: shifts.of_sum(total, scale, highest)
+            result, dtype, lowest, shifts, lambda total, scale: shifts.of_sum(total, scale, scales)
         )
 
     return rule
 
 
-def _joint_dtype(meeting: Any) -> torch.dtype:
+def _joint_dtype(tensors: list[torch.Tensor]) -> torch.dtype:
     """The dtype of what is computed of all of these; a tensor without axes counts less than one with some."""
-    tensors = list(leaves(meeting))
-    return reduce(
-        torch.promote_types,
-        [t.dtype for t in tensors if t.dim() or all(not other.dim() for other in tensors)],
-    )
+    with_axes = [tensor for tensor in tensors if tensor.dim()]
+    return reduce(torch.promote_types, [tensor.dtype for tensor in with_axes or tensors])
 
 
 register("joins", joins(0, 1), "aten.add", "aten.sub")
 register("joins", joins(0), "aten.cat", "aten.stack")
 register("joins", joins(1, 2), "aten.where")
-register("joins", joins(0, 2), "aten.index_put", "aten._unsafe_index_put")
-register(
-    "joins",
-    joins(0, 3),
-    "aten.scatter",
-    "aten.scatter_add",
-    "aten.index_add",
-    "aten.index_copy",
-)
-register(
-    "joins",
-    joins(0, 1),
-    "aten.select_scatter",
-    "aten.slice_scatter",
-    "aten.diagonal_scatter",
-    "aten.as_strided_scatter",
-)
+register("joins", joins(0, 2), *"aten.index_put aten._unsafe_index_put aten.put".split())
+register("joins", joins(0, 2), *"aten.masked_fill aten.masked_scatter".split())
+register("joins", joins(0, 3), *"aten.scatter aten.scatter_add aten.index_add aten.index_copy".split())
+register("joins", joins(0, 3), *"aten.index_fill aten._unsafe_masked_index_put_accumulate".split())
+register("joins", joins(0, 3), "aten._unsafe_masked_index")
+register("joins", joins(0, 1), *"aten.select_scatter aten.slice_scatter aten.diagonal_scatter".split())
+register("joins", joins(0, 1), "aten.as_strided_scatter")

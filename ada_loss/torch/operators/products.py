@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.operators.arguments import only_scaled, raw, widened
+from ada_loss.torch.operators.arguments import only_scaled, raw, true, widened
 from ada_loss.torch.operators.registry import implements
 from ada_loss.torch.operators.results import rounded
 from ada_loss.torch.scaled_tensor import ScaledTensor
 from ada_loss.torch.shifts import Shifts, floor_power_of_two
 
 
-@implements("decides", "aten.mm", "aten.bmm")
+@implements("decides", "aten.mm", "aten.bmm", "aten.mv", "aten.dot")
 def matrix_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The factor applies to the product in float32."""
     found = only_scaled((0, 1), args, kwargs)
@@ -30,7 +30,7 @@ def matrix_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _product_in_float32(func: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    if left.is_cuda and left.dtype == torch.float16:
+    if left.is_cuda and left.dtype == torch.float16 and left.dim() > 1 < right.dim():
         return func.overloadpacket.dtype(left, right, torch.float32)
     return func(widened(left), widened(right))
 
@@ -67,7 +67,9 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         left, right = right, left
     if isinstance(right, ScaledTensor):
         wide = widened(left) * widened(right)
-        return rounded(wide, torch.result_type(left, right), scale_of(args), left.shifts, left.shifts.of_sum)
+        return rounded(
+            wide, torch.result_type(raw(left), raw(right)), scale_of(args), left.shifts, left.shifts.of_sum
+        )
     dtype = torch.result_type(left.scaled_data, right)
     if isinstance(right, torch.Tensor) and right.dim():
         wide = widened(left) * widened(right)
@@ -77,12 +79,12 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @implements("decides", "aten.div")
 def quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """By what is not scaled; without rounding to integers."""
+    """By the true value of the second; without rounding to integers."""
     left, right = args
-    if kwargs.get("rounding_mode") or not isinstance(left, ScaledTensor) or isinstance(right, ScaledTensor):
+    if kwargs.get("rounding_mode") or not isinstance(left, ScaledTensor):
         return NotImplemented
-    dtype = torch.result_type(left.scaled_data, right)
-    wide = widened(left) / widened(right)
+    dtype = torch.result_type(left.scaled_data, raw(right))
+    wide = widened(left) / true(right)
     return rounded(wide, dtype, left.scale, left.shifts, left.shifts.of_sum)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import Shifts
+from ada_loss.torch.shifts import Shifts, times
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The factor for a result, of the result and its scale."""
@@ -23,9 +23,11 @@ def rounded(
     result: the value times `scale`.
     """
     if dtype not in shifts.dtypes:
-        return (result / scale).to(dtype)
+        return times(result, 1 / scale).to(dtype)
+    if result.layout is not torch.strided:
+        return times(result, 1 / scale)
     factor = choose(result, scale)
-    return ScaledTensor((result * factor).to(dtype), scale * factor, shifts)
+    return ScaledTensor(times(result, factor).to(dtype), scale * factor, shifts)
 
 
 def all_rounded(
@@ -46,7 +48,7 @@ def entering(value: torch.Tensor, dtype: torch.dtype, shifts: Shifts) -> ScaledT
     """A true value, about to be rounded to a dtype that is scaled: scaled first."""
     scale = shifts.entering(value)
     wide = torch.promote_types(dtype, torch.float32)
-    return ScaledTensor((value.to(wide) * scale).to(dtype), scale, shifts)
+    return ScaledTensor(times(value.to(wide), scale).to(dtype), scale, shifts)
 
 
 def one(like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ada_loss.torch.operators.arguments import mapped, raw, scaled_in
 from ada_loss.torch.operators.registry import register
 from ada_loss.torch.operators.results import one
 from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.shifts import OF_ZERO
 
 
 @cache
@@ -30,22 +31,43 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return mapped(source.view_of_data, results)
 
 
-def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor of this one's kind, for which the scale means nothing."""
-    found = scaled_in((args[1:], kwargs))
-    if found or not isinstance(args[0], ScaledTensor):
+@cache
+def changes_shape(func: Any) -> bool:
+    """Whether an operator gives its first argument another shape in place, as unsqueeze_ does."""
+    return torch.Tag.inplace_view in func.tags
+
+
+def change_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The data become a view of themselves, and the tensor shows its new shape to autograd."""
+    tensor = args[0]
+    tensor.scaled_data = func(tensor.scaled_data.view_as(tensor.scaled_data), *args[1:], **kwargs)
+    with torch._C._DisableTorchDispatch():
+        func(*args, **kwargs)
+    return tensor
+
+
+def zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new tensor of this one's kind that holds zeros, or nothing yet."""
+    return _new(func, args, kwargs, OF_ZERO)
+
+
+def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new tensor of this one's kind that holds a number everywhere."""
+    return _new(func, args, kwargs, 1.0)
+
+
+def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> Any:
+    if not isinstance(args[0], ScaledTensor) or scaled_in((args[1:], kwargs)):
         return NotImplemented
-    result = func(*mapped(raw, args), **kwargs)
+    result = func(raw(args[0]), *args[1:], **kwargs)
     if result.dtype != args[0].dtype:
         return result
-    return ScaledTensor(result, one(result), args[0].shifts)
+    return ScaledTensor(result, torch.full_like(one(result), scale), args[0].shifts)
 
 
 register(
     "passes through",
-    like,
-    *"""
-    aten.zeros_like aten.ones_like aten.empty_like aten.full_like aten.new_zeros aten.new_ones aten.new_empty
-    aten.new_full aten.new_empty_strided
-    """.split(),
+    zeros,
+    *"aten.zeros_like aten.empty_like aten.new_zeros aten.new_empty aten.new_empty_strided".split(),
 )
+register("passes through", filled, *"aten.ones_like aten.full_like aten.new_ones aten.new_full".split())
