@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import _refresh_per_optimizer_state
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch.backward_mode import BackwardMode, backward
 from ada_loss.torch.entry_scale import EntryScaleOnDevice
+from ada_loss.torch.masters import Masters
 from ada_loss.torch.scaled_loss import ScaledLoss, scaled_loss
 from ada_loss.torch.shifts import Shifts, shifts_for
 
@@ -71,6 +72,8 @@ class GradScaler(torch.amp.GradScaler):
         self._differentiations = self._entered = 0
         self._loss_finite: torch.Tensor | None = None
         self._said_no_float16 = False
+        self._masters: list[tuple[torch.optim.Optimizer, Masters]] = []
+        self._loaded_masters: list[dict[int, Any]] = []
         if enabled:
             _check_device(self._device)
             shifts_for(self._config, self._entry.scale)
@@ -142,9 +145,22 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: no loss of this scaler was differentiated since the last `update`.
         """
-        if self._enabled:
-            self._check_differentiated("step")
-        return super().step(optimizer, *args, **kwargs)
+        if not self._enabled:
+            return super().step(optimizer, *args, **kwargs)
+        self._check_differentiated("step")
+        with self._masters_of(optimizer).swapped_in(optimizer):
+            return super().step(optimizer, *args, **kwargs)
+
+    def _masters_of(self, optimizer: torch.optim.Optimizer) -> Masters:
+        """The masters of an optimizer; optimizers are told apart by the order of their first steps."""
+        for known, masters in self._masters:
+            if known is optimizer:
+                return masters
+        masters = Masters()
+        if len(self._masters) < len(self._loaded_masters):
+            masters.load_state(self._loaded_masters[len(self._masters)])
+        self._masters.append((optimizer, masters))
+        return masters
 
     def _check_differentiated(self, method: str) -> None:
         if not self._differentiations:
@@ -199,16 +215,23 @@ class GradScaler(torch.amp.GradScaler):
         self._loss_finite = None
 
     def state_dict(self) -> dict[str, Any]:
-        """PyTorch's entries, and what decides the next scales."""
-        state = super().state_dict()
-        return state | {_STATE: self._entry.to_state()} if state else state
+        """PyTorch's entries, what decides the next scales, and the masters of float16 parameters with what
+        optimizers know of them."""
+        if not self._enabled:
+            return {}
+        masters = [known.to_state(optimizer) for optimizer, known in self._masters]
+        masters += self._loaded_masters[len(masters) :]
+        return super().state_dict() | {_STATE: {"entry": self._entry.to_state(), "masters": masters}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called. Of a state of `torch.amp.GradScaler` there is nothing to
         take."""
         super().load_state_dict(state_dict | {"scale": 1.0} if state_dict else state_dict)
         if self._enabled and _STATE in state_dict:
-            self._entry = self._entry.restored(state_dict[_STATE])
+            self._entry = self._entry.restored(state_dict[_STATE]["entry"])
+            self._loaded_masters = list(state_dict[_STATE]["masters"])
+            for (_, masters), state in zip(self._masters, self._loaded_masters, strict=False):
+                masters.load_state(state)
 
 
 def _check_device(kind: str) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import ada_loss.torch
 from torch_.asserts import assert_same_bits
 from torch_.forced_shifts import forced_shifts
 from torch_.graphs import BINARY, COLUMNS, ROWS, UNARY, WEIGHTED, Graph, graphs
-
-import ada_loss.torch
 
 ONE_STEP = [
     Graph(((kind, name, 0, 0, 0),) + (("weighted", "linear", 1, 0, 1),), 2)

@@ -14,7 +14,7 @@ from ada_loss.torch.operators import linear as linear
 from ada_loss.torch.operators import products as products
 from ada_loss.torch.operators.registry import KINDS, RULES
 
-__all__ = ["KINDS", "RULES", "apply", "begins_scaled"]
+__all__ = ["KINDS", "RULES", "apply", "begins_scaled", "fallback", "kind_of"]
 
 begins_scaled = entries.begins_scaled
 
@@ -43,6 +43,17 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fallback.changes_arguments(func, args, kwargs)
     fallback.write(args[0], functional(*args, **kwargs))
     return args[0]
+
+
+def kind_of(func: Any) -> str:
+    """What `apply` does with an operator, in a word or two; for the coverage table."""
+    if func.overloadpacket in KINDS:
+        return KINDS[func.overloadpacket]
+    if _has_parts(func):
+        return "parts"
+    if views.is_view(func) or views.changes_shape(func):
+        return "view"
+    return "in place" if _changes_arguments(func) else "sees true values"
 
 
 @cache

@@ -59,7 +59,14 @@ def warn_of(func: Any) -> None:
         )
 
 
+def forget_warnings() -> None:
+    """Warn of every operator again."""
+    _warned.clear()
+
+
 def _as(value: torch.Tensor, dtype: torch.dtype, shifts: Shifts) -> torch.Tensor:
+    if value.layout is not torch.strided:
+        return value
     if dtype in shifts.dtypes and value.is_floating_point():
         return entering(value, dtype, shifts)
     return value.to(dtype)
@@ -68,9 +75,8 @@ def _as(value: torch.Tensor, dtype: torch.dtype, shifts: Shifts) -> torch.Tensor
 def _dtypes(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor]) -> list[torch.dtype]:
     """What the results' dtypes would have been without widening, as far as the operator can tell without
     data."""
-    on_meta = [mapped(_without_data, value) for value in (args, kwargs)]
     try:
-        outcome = func(*on_meta[0], **on_meta[1])
+        outcome = func(*mapped(_without_data, args), **mapped(_without_data, kwargs))
     except Exception:  # whatever it is that this operator raises: there is another way
         wide = any(
             isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.dtype in (torch.float32, torch.float64)

@@ -24,4 +24,7 @@ def is_being_stored() -> bool:
 def stored(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """One of `STORING` for the true gradient, in the true gradient's dtype."""
     true = args[0].to_true()
+    leaf = torch._C._current_autograd_node().variable
+    if getattr(leaf, "grad_dtype", true.dtype) != true.dtype:
+        leaf.grad_dtype = true.dtype  # so that others may assign to `grad` as well
     return func(true, *args[1:], **kwargs | ({"dtype": true.dtype} if "dtype" in kwargs else {}))
