@@ -1,8 +1,9 @@
 """float32 masters of float16 parameters: what an optimizer really updates.
 
-For the duration of one `optimizer.step()` the masters take the places of float16 parameters in the optimizer's
-groups and in its state, with the true gradients, which are of float32. Then the parameters receive the rounded
-masters, in place. Between steps the optimizer holds the model's own parameters, as its state_dict expects.
+For the duration of one `optimizer.step()` the masters take the places of float16 parameters in the
+optimizer's groups and in its state, with the true gradients, which are of float32. Then the parameters
+receive the rounded masters, in place. Between steps the optimizer holds the model's own parameters, as its
+state_dict expects.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Masters:
                 _round(master, parameter)
 
     def _master_of(self, place: int, parameter: torch.Tensor) -> torch.nn.Parameter:
-        """The parameter's master; its own value where that is no longer the rounded master, because a file was
-        loaded or somebody changed it."""
+        """The parameter's master; its own value where that is no longer the rounded master, because a file
+        was loaded or somebody changed it."""
         value = parameter.detach().float()
         master = self._masters.get(place)
         if master is None or master.shape != value.shape:
