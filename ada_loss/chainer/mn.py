@@ -16,11 +16,10 @@ from ada_loss.arrays.library import amax_of, deferred_amax
 from ada_loss.chainer import origin, running_statistics
 from ada_loss.chainer.gradient import InFlight, shifted
 from ada_loss.chainer.optimizer import (
-    PreparedOptimizer,
     compute_gradients,
     prepare_in_place,
+    prepare_step,
     scopes,
-    take_over,
     unique_parameters,
 )
 from ada_loss.chainer.origin import Skip
@@ -133,8 +132,7 @@ def prepare_multi_node(optimizer: Any) -> Any:
             "Double buffering averages gradients while the next ones are computed, so a step cannot be "
             "skipped on overflow: create the multi-node optimizer with double_buffering=False."
         )
-    prepare_in_place(optimizer.actual_optimizer, PreparedOptimizer)
-    take_over(optimizer.actual_optimizer)
+    prepare_step(optimizer.actual_optimizer)
     prepare_in_place(optimizer, PreparedMultiNodeOptimizer)
     for scope in scopes(optimizer.actual_optimizer.target):
         scope.policy.shared = True

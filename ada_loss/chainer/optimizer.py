@@ -14,6 +14,7 @@ import numpy as np
 from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.origin import Skip
+from ada_loss.chainer.own_updates import optimizers_inside, require_step
 from ada_loss.chainer.ownership import claim, scaled_models
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaling import Scaling
@@ -29,13 +30,7 @@ class Diverged(RuntimeError):
 
 
 class PreparedOptimizer:
-    """What `prepare` adds to an optimizer.
-
-    A step whose gradients are not all finite is skipped: no hook runs, no parameter, state or counter
-    changes, a warning is logged, and the entry scales of the model's scopes back off. Otherwise the whole
-    update, hooks included, runs on the float32 masters with the true gradients, and the float16 parameters
-    receive the rounded result.
-    """
+    """What `prepare` puts in front of an optimizer's class; `StepOnMasters` comes behind it."""
 
     target: Any
     _loss_scale: float | None
@@ -46,6 +41,9 @@ class PreparedOptimizer:
 
     foreseen_skip: Skip | None = None
     """Why the next update will be skipped, where other processes have told it already."""
+
+    _stepping = False
+    """Whether a step is being taken."""
 
     announces = True
     """Whether this process logs skipped steps; in a distributed training the first rank does."""
@@ -73,43 +71,6 @@ class PreparedOptimizer:
         running_statistics.watch(link)
         return self
 
-    def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
-        running_statistics.watch(self.target)
-        try:
-            self._step(lossfun, args, kwargs)
-        finally:
-            running_statistics.end()
-            origin.end()
-
-    def _step(self, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if lossfun is not None:
-            compute_gradients(self, lossfun, args, kwargs)
-        parameters = unique_parameters(self.target)
-        finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
-        self.last_skip, self.foreseen_skip = None if finite else self._why(parameters), None
-        if finite:
-            with true_gradients_on_masters(parameters, keep=self._looked_at_again()):
-                super().update()  # type: ignore[misc]
-        else:
-            running_statistics.undo()
-            self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
-            self.update_loss_scale()  # type: ignore[attr-defined]
-        own = {scope.policy for scope in scopes(self.target)}
-        for policy in own:
-            policy.end_step(finite=finite)
-        entered = backward_state.take_entered()
-        if self.last_skip is not None:
-            # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
-            for policy in entered - own:
-                policy.entry = policy.entry.after(finite=False)
-            self._answer_overflow(self.last_skip)
-
-    def _why(self, parameters: list[ScaledParameter]) -> Skip:
-        """Why a step is skipped that leaves these parameters with gradients that are not finite."""
-        if self.foreseen_skip is not None:
-            return self.foreseen_skip
-        return origin.reason(self.target, [p for p in parameters if not all_finite(p.arrays())])
-
     def reallocate_cleared_grads(self) -> None:
         """As Chainer's, but without a look at the gradients, which would make them all at once."""
         chainers = super().reallocate_cleared_grads  # type: ignore[misc]
@@ -121,6 +82,11 @@ class PreparedOptimizer:
 
     def check_nan_in_grads(self) -> None:
         """Nothing is left to find: an update that comes here has finite gradients."""
+        if not self._stepping:
+            raise RuntimeError(
+                f"{type(self).__name__} calls GradientMethod.update by its name: call "
+                "super().update(), so that the step is taken with true gradients."
+            )
         self._loss_scaling_isnan = False
 
     def serialize(self, serializer: Any) -> None:
@@ -134,7 +100,7 @@ class PreparedOptimizer:
 
     def __reduce__(self) -> Any:
         # This class was made on the fly: pickle finds it by those that it was made of.
-        return _new_prepared, type(self).__bases__, vars(self)
+        return _new_prepared, type(self).__bases__[:2], vars(self)
 
     def _save(self, serializer: Any) -> None:
         for path, parameter in self.target.namedparams():
@@ -216,6 +182,57 @@ def _widen_states(target: chainer.Link) -> None:
                 state[name] = cast(value, np.float32)
 
 
+class StepOnMasters(chainer.GradientMethod):
+    """Chainer's update as a prepared optimizer takes it, behind an `update` of the optimizer's own.
+
+    A step whose gradients are not all finite is skipped: no hook runs, no parameter, state or counter
+    changes, a warning is logged, and the entry scales of the model's scopes back off. Otherwise the whole
+    update, hooks included, runs on the float32 masters with the true gradients, and the float16 parameters
+    receive the rounded result.
+    """
+
+    def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
+        running_statistics.watch(self.target)
+        try:
+            self._step(lossfun, args, kwargs)
+        finally:
+            running_statistics.end()
+            origin.end()
+
+    def _step(self, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if lossfun is not None:
+            compute_gradients(self, lossfun, args, kwargs)
+        parameters = unique_parameters(self.target)
+        finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
+        self.last_skip, self.foreseen_skip = None if finite else self._why(parameters), None
+        if finite:
+            self._stepping = True
+            try:
+                with true_gradients_on_masters(parameters, keep=self._looked_at_again()):
+                    super().update()
+            finally:
+                self._stepping = False
+        else:
+            running_statistics.undo()
+            self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
+            self.update_loss_scale()
+        own = {scope.policy for scope in scopes(self.target)}
+        for policy in own:
+            policy.end_step(finite=finite)
+        entered = backward_state.take_entered()
+        if self.last_skip is not None:
+            # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
+            for policy in entered - own:
+                policy.entry = policy.entry.after(finite=False)
+            self._answer_overflow(self.last_skip)
+
+    def _why(self, parameters: list[ScaledParameter]) -> Skip:
+        """Why a step is skipped that leaves these parameters with gradients that are not finite."""
+        if self.foreseen_skip is not None:
+            return self.foreseen_skip
+        return origin.reason(self.target, [p for p in parameters if not all_finite(p.arrays())])
+
+
 def _numbers(rule: Any) -> dict[str, float]:
     """What an update rule keeps as plain numbers, such as MSVAG's power of beta: Chainer saves only its
     arrays."""
@@ -246,9 +263,18 @@ def prepare(optimizer: Any) -> Any:
         from ada_loss.chainer.mn import prepare_multi_node
 
         return prepare_multi_node(optimizer)
+    for inside in optimizers_inside(optimizer):
+        prepare(inside)
+    if not optimizers_inside(optimizer):
+        prepare_step(optimizer)
+    return optimizer
+
+
+def prepare_step(optimizer: Any) -> None:
+    """Prepare an optimizer that takes the step itself."""
+    require_step(optimizer)
     prepare_in_place(optimizer, PreparedOptimizer)
     take_over(optimizer)
-    return optimizer
 
 
 def prepare_in_place(optimizer: Any, mixin: type) -> None:
@@ -270,7 +296,8 @@ def _prepared_class(mixin: type, plain: type) -> type:
             for name in _RATES
             if isinstance(rate := getattr(plain, name, None), property)
         }
-        _PREPARED[mixin, plain] = type(f"Prepared{plain.__name__}", (mixin, plain), members)
+        behind = (StepOnMasters,) if issubclass(plain, chainer.GradientMethod) else ()
+        _PREPARED[mixin, plain] = type(f"Prepared{plain.__name__}", (mixin, plain, *behind), members)
     return _PREPARED[mixin, plain]
 
 
