@@ -121,9 +121,7 @@ def accumulation(comm: Any) -> dict[str, Any]:
                 x, t = batch(rng, BATCH)
                 target(*share((x, t * magnitude * 2.0 ** np.arange(BATCH)[:, None]), comm)).backward()
             optimizer.update()
-            known = [
-                [d.shift, d.exponent, d.range.safe, d.range.wanted] for d in target.model.ada_loss.decisions
-            ]
+            known = [[d.range.safe, d.range.wanted] for d in target.model.ada_loss.decisions]
             found[f"known after step {step}"] = np.array(known)
             found |= {f"{path} after step {step}": array for path, array in masters(target).items()}
     return found
