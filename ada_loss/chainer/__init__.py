@@ -5,6 +5,7 @@ from ada_loss.chainer import compat as compat  # isort: skip  (has to come befor
 from ada_loss.chainer import backward, extensions, functions, grad, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
+from ada_loss.chainer.recording import record
 from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.chainer.user_functions import linear_backward
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear_backward",
     "links",
     "prepare",
+    "record",
 ]
 
 # NumPy has no float16 arithmetic worth the name; float32 and float64 stay Chainer's own.

@@ -34,7 +34,7 @@ from chainer import _backprop
 from chainer.functions.util.forget import Forget, _call_func
 from chainer.variable import VariableNode, _check_grad_type
 
-from ada_loss.chainer import backward_state, origin, running_statistics
+from ada_loss.chainer import backward_state, observing, origin, running_statistics
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
 from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.ownership import in_scopes, tag_graph
@@ -114,7 +114,7 @@ class BackwardPass:
         del gys
         with hooked(function, arrays, exponent) as (arrays, exponent):
             found = _gradients(function, targets, arrays, exponent, tag)
-        origin.look(function, arrays, found)
+        self._show(function, arrays, exponent, found)
         if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
             raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
         if self._retain_grad:
@@ -132,6 +132,10 @@ class BackwardPass:
 
     def _present(self, leaf: VariableNode) -> list[InFlight]:
         return _take_present(leaf)
+
+    def _show(self, function: Any, gys: tuple[Any, ...], exponent: int, found: Inputs) -> None:
+        origin.look(function, gys, found)
+        observing.look(function, exponent, found)
 
     def _retain(self, outputs: list[Any], gys: tuple[Any, ...], exponent: int) -> None:
         for y, gy in zip(outputs, gys, strict=True):
@@ -339,11 +343,13 @@ def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) 
         is_ours(outputs, loss_scale)
         _chainers_engine(outputs, retain_grad, loss_scale)
     elif not is_ours(outputs, loss_scale):
+        observing.before_pass(outputs, loss_scale, ours=False)
         with backward_state.noted(loss_scale, chainers=True):
             _chainers_engine(outputs, retain_grad, loss_scale)
     else:
         with backward_state.noted(loss_scale), origin.backward_from(node for node, _ in outputs):
             tag_graph(outputs)
+            observing.before_pass(outputs, loss_scale, ours=True)
             this, exponent = BackwardPass(retain_grad=retain_grad), backward_state.exponent()
             this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
             this.finish()

@@ -36,10 +36,17 @@ class Skip:
     Args:
         order: the smaller, the earlier in the computation; places on the forward pass come first.
         reason: what was not finite and where that began, as the rest of a sentence.
+        path: of the layer there, or of a parameter; in brackets the function, where no layer is known.
     """
 
     order: tuple[int, int]
     reason: str
+    path: str = ""
+
+    @property
+    def forward(self) -> bool:
+        """Whether it began on the forward pass."""
+        return self.order[0] == 0
 
 
 class _Place(NamedTuple):
@@ -81,6 +88,11 @@ class _Place(NamedTuple):
             return f"{layer} ({self.label})"
         return self.label if self.after is None else f"{self.label} after {self.after.text(paths)}"
 
+    def layer(self, paths: Mapping[int, str]) -> str:
+        """The path of its layer, or of the nearest one upstream; if there is none, Chainer's name of it."""
+        own = self._path(paths)
+        return own or (f"({self.label})" if self.after is None else self.after.layer(paths))
+
     def _path(self, paths: Mapping[int, str]) -> str | None:
         # In parentheses are names of ours, such as that of the model's results.
         given_name = self.path is not None and not self.path.startswith(("/", "("))
@@ -97,7 +109,7 @@ class _Origin(NamedTuple):
     place: _Place
 
     def skip(self, paths: Mapping[int, str]) -> Skip:
-        return Skip(self.order, self.words.format(place=self.place.text(paths)))
+        return Skip(self.order, self.words.format(place=self.place.text(paths)), self.place.layer(paths))
 
 
 _BACKWARD_WORDS = "a gradient stopped being finite on the backward pass, "
@@ -184,7 +196,7 @@ def reason(target: chainer.Link, bad: Iterable[Any]) -> Skip:
     if candidates:
         return min(candidates, key=lambda origin: origin.order).skip(paths)
     path = min(paths[id(parameter)] for parameter in bad)
-    return Skip((1, _seen.number), f"the gradient of {path} is not finite")
+    return Skip((1, _seen.number), f"the gradient of {path} is not finite", path)
 
 
 def end() -> None:

@@ -98,7 +98,7 @@ def in_scopes(outputs: Outputs) -> Iterator[Any]:
     Without any, no scaled model has a part in the graph.
     """
     claimed = not _models
-    for function in _upstream(outputs):
+    for function in upstream(outputs):
         if not claimed and any(_known_home(parameter) is None for parameter in _parameters(function)):
             claimed = True
             claim()
@@ -112,7 +112,7 @@ def tag_graph(outputs: Outputs) -> None:
     Those are the functions that a model's call has tagged, those that use a parameter of a model, and, where
     they are given float16, those that use only results of one model.
     """
-    functions = sorted(_upstream(outputs), key=lambda function: function.rank)
+    functions = sorted(upstream(outputs), key=lambda function: function.rank)
     if _models and any(_known_home(p) is None for function in functions for p in _parameters(function)):
         claim()
     places: dict[Any, _Place] = {}
@@ -131,7 +131,7 @@ def tag_graph(outputs: Outputs) -> None:
             policy.fan_outs = find_fan_outs(applied)
 
 
-def _upstream(outputs: Outputs) -> Iterator[Any]:
+def upstream(outputs: Outputs) -> Iterator[Any]:
     """Every function through which gradients go from `outputs` on."""
     seen = set()
     waiting = [node.creator_node for node, _ in outputs]

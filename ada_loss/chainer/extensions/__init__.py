@@ -1,5 +1,6 @@
 """Extensions for Chainer's trainer."""
 
 from ada_loss.chainer.extensions.observe_scales import observe_scales
+from ada_loss.chainer.extensions.record import Record
 
-__all__ = ["observe_scales"]
+__all__ = ["Record", "observe_scales"]
