@@ -1,5 +1,7 @@
 # Every target sets up what it needs, from nothing but a CPython 3.10 to 3.13 with venv: see docs/installing.md.
+# Once named it stays: make setup PYTHON=python3.12
 PYTHON ?= python3
+CHOSEN := $(if $(filter-out file default undefined,$(subst command line,command,$(origin PYTHON))),--chosen)
 # Optional groups of requirements to install as well: make setup GROUPS="torch"
 GROUPS ?=
 # More for the program behind a target: make test ARGS="-k align", make results ARGS="--jobs 2"
@@ -16,7 +18,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make or update .venv; at once when nothing changed
-	@$(PYTHON) tools/bootstrap.py $(GROUPS)
+	@$(PYTHON) tools/bootstrap.py $(CHOSEN) $(GROUPS)
 
 demo: setup ## Train a small detector adaptively; mAP and demo.png
 	@$(BIN)/python examples/ssd/demo.py

@@ -1,11 +1,12 @@
-"""Takes the requirements from requirements/, the only place that has them; the rest is in pyproject.toml."""
+"""Takes the requirements from ada_loss/requirements/, the only place that has them; the rest is in
+pyproject.toml."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-DIRECTORY = Path(__file__).resolve().parent / "requirements"
-NOT_EXTRAS = {"base", "pip"}
+DIRECTORY = Path(__file__).resolve().parent / "ada_loss" / "requirements"
+NOT_EXTRAS = {"base", "build-constraints", "pip"}
 
 
 def requirements(text: str) -> list[str]:
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     groups = read_all()
     setup(
         packages=find_packages(include=["ada_loss", "ada_loss.*"]),
-        package_data={"ada_loss.report": ["page.*"]},
+        package_data={"ada_loss": ["py.typed", "requirements/*.txt"], "ada_loss.report": ["page.*"]},
         install_requires=groups["base"],
         extras_require={name: groups[name] for name in sorted(groups.keys() - NOT_EXTRAS)},
     )

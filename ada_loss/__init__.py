@@ -4,4 +4,6 @@ This package is light to import. The Chainer engine is in `ada_loss.chainer`; th
 scales are in `ada_loss.core.rules` and know nothing of Chainer.
 """
 
+__all__ = ["__version__"]
+
 __version__ = "0.1.0"

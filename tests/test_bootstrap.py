@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -39,13 +41,14 @@ class Checkout:
     def __init__(self, bootstrap: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.bootstrap = root, bootstrap
         self.done: list[str] = []
-        shutil.copytree(ROOT / "requirements", root / "requirements")
+        shutil.copytree(ROOT / "ada_loss" / "requirements", root / "ada_loss" / "requirements")
         (root / "tools").mkdir()
         for path in bootstrap.input_files():
             shutil.copy(path, root / path.relative_to(ROOT))
         self.python = root / ".venv" / "bin" / "python"
         locations = {
             "ROOT": root,
+            "REQUIREMENTS": root / "ada_loss" / "requirements",
             "VENV": root / ".venv",
             "PYTHON": self.python,
             "STAMP": root / ".venv" / "bootstrap.json",
@@ -70,7 +73,13 @@ class Checkout:
         return self.done
 
 
-INSTALL = ["installing pip", "installing the requirements", "importing what was installed"]
+FILES = "ada_loss/requirements"
+INSTALL = [
+    "installing pip",
+    "installing the requirements",
+    "installing ada_loss",
+    "importing what was installed",
+]
 REMAKE = ["making .venv", *INSTALL]
 
 
@@ -85,7 +94,7 @@ def test_set_up_makes_the_environment_once(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements/base.txt", "requirements/torch.txt", "setup.py", "build-constraints.txt"]
+    "name", [f"{FILES}/base.txt", f"{FILES}/torch.txt", f"{FILES}/build-constraints.txt", "setup.py"]
 )
 def test_changed_input_updates_the_environment_in_place(checkout: Checkout, name: str) -> None:
     checkout.set_up()
@@ -131,7 +140,7 @@ def test_environment_whose_python_is_gone_is_made_again(checkout: Checkout) -> N
 def test_damaged_stamp_is_no_obstacle(checkout: Checkout) -> None:
     checkout.set_up()
     checkout.bootstrap.STAMP.write_text('{"python": ')
-    assert checkout.set_up()[-3:] == INSTALL
+    assert checkout.set_up()[-4:] == INSTALL
     assert checkout.set_up() == []
 
 
@@ -215,15 +224,70 @@ def test_without_a_suitable_python_on_path_it_ends_with_the_sentence_and_status_
     assert said.err == f"bootstrap: {bootstrap.unsuitable_python((3, 9), sys.executable)}\n"
 
 
+def put_script(directory: Path, name: str, script: str) -> Path:
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_unsuitable_python_that_was_chosen_is_refused(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    put_script(tmp_path, "python3.12", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1, "final", 0))
+    assert bootstrap.main(["--chosen"]) == 2
+    assert "is Python 3.9; name another: make setup PYTHON=" in capsys.readouterr().err
+
+
+def test_a_python_that_was_chosen_stays_chosen(checkout: Checkout, tmp_path: Path) -> None:
+    python = put_script(tmp_path, "another", f'echo "$@" > "{tmp_path}/arguments"; exit 7')
+    checkout.set_up()
+    stamp = checkout.bootstrap.read_stamp()
+    checkout.bootstrap.write_stamp(dict(stamp, chosen=str(python)))
+    assert checkout.bootstrap.main(["torch"]) == 7
+    script = ROOT / "tools" / "bootstrap.py"
+    assert (tmp_path / "arguments").read_text() == f"{script} --chosen torch\n"
+
+
+def test_a_python_that_was_chosen_and_is_gone_is_forgotten(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.set_up()
+    checkout.bootstrap.write_stamp(dict(checkout.bootstrap.read_stamp(), chosen=str(tmp_path / "gone")))
+    checkout.done = []
+    assert checkout.bootstrap.main([]) == 0
+    assert checkout.done == []
+
+
+def test_choosing_the_python_that_is_used_already_is_only_noted(checkout: Checkout) -> None:
+    checkout.set_up()
+    checkout.done = []
+    assert checkout.bootstrap.main(["--chosen"]) == 0
+    assert checkout.done == []
+    assert checkout.bootstrap.read_stamp()["chosen"] == checkout.bootstrap.base_python()
+    assert checkout.bootstrap.main([]) == 0
+    assert checkout.bootstrap.read_stamp()["chosen"] == checkout.bootstrap.base_python()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [((), ""), (("PYTHON=python3.12",), "--chosen")], ids=["not", "named"]
+)
+def test_make_says_whether_a_python_was_named(arguments: tuple[str, ...], expected: str) -> None:
+    inherited = ("PYTHON", "MAKEFLAGS", "MAKELEVEL", "GROUPS")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    said = subprocess.run(
+        ["make", "-n", "setup", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    python = "python3.12" if arguments else "python3"
+    assert said.stdout.split() == [python, "tools/bootstrap.py", *([expected] if expected else [])]
+
+
 def test_unsuitable_python_hands_over_to_a_working_one_on_path(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def put(name: str, script: str) -> None:
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-
-    put("python3.13", "exit 127")
-    put("python3.11", f'[ "$1" = -c ] || echo "$@" > "{tmp_path}/arguments"; [ "$1" = -c ] || exit 7')
+    put_script(tmp_path, "python3.13", "exit 127")
+    told = tmp_path / "arguments"
+    put_script(tmp_path, "python3.11", f'[ "$1" = -c ] || echo "$@" > "{told}"; [ "$1" = -c ] || exit 7')
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "version_info", (3, 9, 1, "final", 0))
     assert bootstrap.main(["torch"]) == 7
@@ -271,5 +335,6 @@ def test_setup_reads_every_group_as_valid_requirements(setup: ModuleType, bootst
     groups = setup.read_all()
     assert set(groups) - setup.NOT_EXTRAS == bootstrap.available_groups() - {"base"}
     names = {name: [Requirement(line).name for line in lines] for name, lines in groups.items()}
-    assert {"chainer", "chainercv", "numpy", "mpi4py"} <= set(names["base"])
+    assert names["base"] == ["numpy"]
+    assert "chainer" in names["chainer"] and "chainercv" in names["example"] and names["mpi"] == ["mpi4py"]
     assert all(names.values())

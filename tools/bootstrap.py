@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Makes .venv, with everything that ada_loss, its example and its tests need.
 
-    python3 tools/bootstrap.py [GROUP ...]
+    python3 tools/bootstrap.py [--chosen] [GROUP ...]
 
-Needs a CPython with venv, and the network the first time. GROUP is the name of a file in requirements/ that
-is wanted as well: torch, cuda12 or cuda13; it stays wanted in later runs. Returns at once when nothing
-changed, updates .venv when the requirements changed, starts over after an interruption or a change of Python.
-Exit status 0 when .venv is ready, 2 with one sentence when it cannot be made.
+Needs a CPython with venv, and the network the first time. GROUP is the name of a file in
+ada_loss/requirements/ that is wanted as well: torch, cuda12 or cuda13; it stays wanted in later runs. Returns
+at once when nothing changed, updates .venv when the requirements changed, starts over after an interruption
+or a change of Python. With --chosen it has to be this Python, which later runs without go on with; otherwise
+another one from PATH may take over. Exit status 0 when .venv is ready, 2 with one sentence when it cannot be
+made.
 
 This file has to run on every Python from 3.6 on, far enough to say which ones are supported.
 """
@@ -22,14 +24,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
 SUPPORTED = ((3, 13), (3, 12), (3, 11), (3, 10))
-DEFAULT_GROUPS = {"base", "mpich", "example", "report", "dev"}
-INSTALLER_GROUP = "pip"
+DEFAULT_GROUPS = {"base", "chainer", "mpi", "mpich", "example", "report", "dev"}
+NOT_GROUPS = {"pip", "build-constraints"}
 RIVAL_GROUPS = {"cuda12", "cuda13"}
 
+CHOSEN = "--chosen"
+
 ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "ada_loss" / "requirements"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "bootstrap.json"
@@ -50,11 +55,18 @@ class Failure(Exception):
 
 
 def main(arguments: List[str]) -> int:
+    chosen, groups = CHOSEN in arguments, [word for word in arguments if word != CHOSEN]
     try:
-        if not is_supported(sys.version_info[:2]) or importlib.util.find_spec("ensurepip") is None:
-            return hand_over(arguments)
+        suitable = is_supported(sys.version_info[:2]) and importlib.util.find_spec("ensurepip") is not None
+        if chosen and not suitable:
+            raise Failure(unsuitable_python(sys.version_info[:2], sys.executable, chosen=True))
+        remembered = None if chosen else chosen_before()
+        if remembered:
+            return subprocess.call([remembered, str(Path(__file__).resolve()), CHOSEN] + groups)
+        if not suitable:
+            return hand_over(groups)
         with exclusive_access():
-            set_up(check_groups(set(arguments), available_groups()))
+            set_up(check_groups(set(groups), available_groups()), chosen)
     except Failure as failure:
         print("bootstrap: {}".format(failure), file=sys.stderr)
         return 2
@@ -80,7 +92,19 @@ def hand_over(arguments: List[str]) -> int:
     raise Failure(unsuitable_python(sys.version_info[:2], sys.executable))
 
 
-def unsuitable_python(version: Tuple[int, ...], executable: str) -> str:
+def base_python() -> str:
+    """This Python, outside of any virtual environment: that one may be the very .venv."""
+    return getattr(sys, "_base_executable", None) or sys.executable
+
+
+def chosen_before() -> Optional[str]:
+    """The Python that an earlier run was told to take, if it is there and not this one."""
+    python = read_stamp().get("chosen")
+    there = python and os.path.exists(python) and not os.path.samefile(python, base_python())
+    return python if there else None
+
+
+def unsuitable_python(version: Tuple[int, ...], executable: str, chosen: bool = False) -> str:
     """What is wrong with this Python, and what to do."""
     if is_supported(version):
         return (
@@ -88,9 +112,11 @@ def unsuitable_python(version: Tuple[int, ...], executable: str) -> str:
             " (on Debian and Ubuntu: apt install python{1}.{2}-venv)."
         ).format(executable, *version)
     return (
-        "ada_loss needs CPython {}.{} to {}.{}, {} is Python {}.{}, and PATH has no other;"
-        " install one and name it: make setup PYTHON=/path/to/python3."
-    ).format(*(SUPPORTED[-1] + SUPPORTED[0] + (executable,) + version))
+        "ada_loss needs CPython {}.{} to {}.{}, {} is Python {}.{}{}: make setup PYTHON=/path/to/python3."
+    ).format(
+        *(SUPPORTED[-1] + SUPPORTED[0] + (executable,) + version),
+        "; name another" if chosen else ", and PATH has no other; install one and name it",
+    )
 
 
 @contextlib.contextmanager
@@ -102,7 +128,7 @@ def exclusive_access() -> Iterator[None]:
 
 
 def available_groups() -> Set[str]:
-    return {path.stem for path in (ROOT / "requirements").glob("*.txt")} - {INSTALLER_GROUP}
+    return {path.stem for path in REQUIREMENTS.glob("*.txt")} - NOT_GROUPS
 
 
 def check_groups(groups: Set[str], available: Set[str]) -> Set[str]:
@@ -116,15 +142,17 @@ def check_groups(groups: Set[str], available: Set[str]) -> Set[str]:
     return groups
 
 
-def set_up(requested: Set[str]) -> None:
+def set_up(requested: Set[str], chosen: bool = False) -> None:
     stamp = read_stamp()
     groups = check_groups(DEFAULT_GROUPS | requested | set(stamp.get("groups", ())), available_groups())
     # Without a stamp somebody else made it, and may have more in it than we know.
     ours = stamp.get("ours", False) or not PYTHON.exists()
     home = {"python": sys.version, "prefix": sys.base_prefix, "root": str(ROOT)}
-    begun = dict(home, ours=ours, groups=sorted(groups))
+    earlier = stamp.get("chosen") if home.items() <= stamp.items() else None
+    begun = dict(home, ours=ours, groups=sorted(groups), chosen=base_python() if chosen else earlier)
     ready = dict(begun, inputs=digest(input_files()))
-    if stamp == ready and PYTHON.exists():
+    if dict(stamp, chosen=ready["chosen"]) == ready and PYTHON.exists():
+        write_stamp(ready)
         return
 
     started = time.monotonic()
@@ -155,8 +183,8 @@ def write_stamp(stamp: Dict[str, Any]) -> None:
 
 
 def input_files() -> List[Path]:
-    names = ["setup.py", "pyproject.toml", "build-constraints.txt", "tools/bootstrap.py"]
-    return sorted((ROOT / "requirements").glob("*.txt")) + [ROOT / name for name in names]
+    names = ["setup.py", "pyproject.toml", "tools/bootstrap.py"]
+    return sorted(REQUIREMENTS.glob("*.txt")) + [ROOT / name for name in names]
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -184,21 +212,21 @@ def make_environment(begun: Dict[str, Any]) -> None:
         shutil.rmtree(str(VENV))
     VENV.mkdir()
     write_stamp(begun)
-    # Not the python of an active virtual environment: that one may be the very .venv.
-    base = getattr(sys, "_base_executable", None) or sys.executable
-    run("making .venv", ["-m", "venv", str(VENV)], "check the free disk space", base)
+    run("making .venv", ["-m", "venv", str(VENV)], "check the free disk space", base_python())
 
 
 def install(groups: List[str]) -> None:
     def files(names: Iterable[str]) -> List[str]:
-        return [word for name in names for word in ("-r", "requirements/{}.txt".format(name))]
+        return [word for name in names for word in ("-r", str(REQUIREMENTS / "{}.txt".format(name)))]
 
     # Compiling everything would take half of the time: the smoke test compiles what is really imported.
     pip = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile"]
-    constrained = pip + ["--build-constraint", "build-constraints.txt"]
+    constrained = pip + ["--build-constraint", str(REQUIREMENTS / "build-constraints.txt")]
     remedy = "check the network and the free disk space"
-    run("installing pip", pip + ["--upgrade"] + files([INSTALLER_GROUP]), remedy)
-    run("installing the requirements", constrained + files(groups) + ["-e", "."], remedy)
+    run("installing pip", pip + ["--upgrade"] + files(["pip"]), remedy)
+    run("installing the requirements", constrained + files(groups), remedy)
+    # Its own build needs a setuptools that the others cannot be built with.
+    run("installing ada_loss", pip + ["--no-deps", "-e", "."], remedy)
     run("importing what was installed", ["-c", SMOKE_TEST], "undo the last change or delete .venv")
 
 

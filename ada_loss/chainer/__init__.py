@@ -1,16 +1,19 @@
 """Adaptive loss scaling for Chainer: give a link to `AdaLossScaled`, `prepare` the optimizer, and train."""
 
+from ada_loss.chainer import requirement as requirement  # isort: skip  (says what is missing)
 from ada_loss.chainer import compat as compat  # isort: skip  (has to come before Chainer)
 
-from ada_loss.chainer import backward, extensions, functions, grad, kernels, links
+from ada_loss.chainer import extensions, functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
 from ada_loss.chainer.optimizer import Diverged, prepare
 from ada_loss.chainer.recording import record
 from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.chainer.user_functions import linear_backward
+from ada_loss.core.config import AdaLossConfig
 
 __all__ = [
     "AdaLossBranch",
+    "AdaLossConfig",
     "AdaLossConvolution2D",
     "AdaLossDeconvolution2D",
     "AdaLossLinear",
@@ -24,10 +27,3 @@ __all__ = [
     "prepare",
     "record",
 ]
-
-# NumPy has no float16 arithmetic worth the name; float32 and float64 stay Chainer's own.
-kernels.use("numpy")
-
-# Gradients in a scope carry exponents; every other graph is left to Chainer's own engine.
-backward.install()
-grad.install()

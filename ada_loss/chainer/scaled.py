@@ -11,7 +11,7 @@ import chainer
 import numpy as np
 from chainer import serializer as chainer_serializer
 
-from ada_loss.chainer import backward_state, ownership
+from ada_loss.chainer import backward_state, engine, ownership
 from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.chainer.policy import ChainerPolicy
@@ -77,6 +77,7 @@ class AdaLossScaled(Watched, chainer.Link):
     ) -> Any:
         config, dtype = config_of(loss_scale_method, settings), dtype_of_results(output_dtype)
         _check(link)
+        engine.install()
         report, refused = transform(link, filter)
         become(link, _scaled_class(cls, type(link)))
         vars(link)[NAME] = Scaling(ChainerPolicy(config, refused), report, dtype)
@@ -182,6 +183,7 @@ def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """A copy of a scaled model, as pickle and deepcopy make it."""
+    engine.install()
     link = make(*arguments)
     if not isinstance(link, AdaLossScaled):
         become(link, _scaled_class(AdaLossScaled, type(link)))

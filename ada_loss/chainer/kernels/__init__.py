@@ -36,6 +36,12 @@ def use(name: str) -> None:
     dispatch.activate(provider(name))
 
 
+def use_by_default(name: str) -> None:
+    """Use this provider from now on, unless another one has been chosen for the process."""
+    if not dispatch.is_chosen():
+        use(name)
+
+
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Use this provider in a block, in the thread that runs it; raises as `use` does."""

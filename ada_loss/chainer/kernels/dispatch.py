@@ -53,14 +53,19 @@ def before(preferred: Mapping[Hook, Kernel], fallback: Mapping[Hook, Kernel]) ->
 CHAINER = Provider("chainer")
 """No kernels: Chainer as it is."""
 
-_for_process = CHAINER
+_for_process: Provider | None = None
 _for_block: ContextVar[Provider | None] = ContextVar("ada_loss.kernels", default=None)
 _hooked: set[Hook] = set()
 
 
 def active() -> Provider:
     """The provider in use here: that of the innermost block in this thread, else the process's."""
-    return _for_block.get() or _for_process
+    return _for_block.get() or _for_process or CHAINER
+
+
+def is_chosen() -> bool:
+    """Whether a provider has been chosen for the process."""
+    return _for_process is not None
 
 
 casting.prefer(lambda: active().copy)
