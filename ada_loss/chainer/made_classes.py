@@ -11,11 +11,18 @@ from typing import Any, NamedTuple
 _MADE: dict[tuple[type, type], type] = {}
 
 
-def made_class(front: type, plain: type, **members: Any) -> type:
-    """The class made of `front` and `plain`, in this order; always the same one. members: of its own."""
+def made_class(front: type, plain: type) -> type:
+    """The class made of `front` and `plain`, in this order; always the same one.
+
+    What `front` names in `MADE_MEMBERS` are members of the class itself.
+    """
     if (front, plain) not in _MADE:
         name = plain.__name__ if plain.__name__.startswith("AdaLoss") else f"AdaLoss{plain.__name__}"
-        members |= {"__module__": plain.__module__, "__doc__": plain.__doc__, "_made_of": (front, plain)}
+        members = getattr(front, "MADE_MEMBERS", {}) | {
+            "__module__": plain.__module__,
+            "__doc__": plain.__doc__,
+            "_made_of": (front, plain),
+        }
         _MADE[front, plain] = type(name, (front, plain), members)
     return _MADE[front, plain]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import chainer
 import numpy as np
@@ -32,6 +32,12 @@ _FORMER_NAMES = {
     "policy": "policy",
     "report": "report",
 }
+
+
+def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """`__new__` of a scaled model's class: that of the model's own."""
+    plain_new: Any = super(AdaLossScaled, cls).__new__
+    return plain_new(cls) if plain_new is object.__new__ else plain_new(cls, *args, **kwargs)
 
 
 class AdaLossScaled(Watched, chainer.Link):
@@ -65,6 +71,9 @@ class AdaLossScaled(Watched, chainer.Link):
     """
 
     ada_loss: Scaling
+
+    MADE_MEMBERS: ClassVar[dict[str, Any]] = {"__new__": _new}
+    """Members of the classes of scaled models; see `made_class`."""
 
     def __new__(
         cls,
@@ -172,13 +181,7 @@ class AdaLossScaled(Watched, chainer.Link):
 
 def _scaled_class(front: type, plain: type) -> type:
     """The class of a scaled model whose own is `plain`."""
-    return made_class(front, plain, __new__=_new)
-
-
-def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """`__new__` of a scaled model's class: that of the model's own."""
-    plain_new: Any = super(AdaLossScaled, cls).__new__
-    return plain_new(cls) if plain_new is object.__new__ else plain_new(cls, *args, **kwargs)
+    return made_class(front, plain)
 
 
 def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
