@@ -14,7 +14,7 @@ differs, for functions in a scope only:
 
 Backward of any other function is linear in its output gradients, so its exponent simply rides along.
 
-`install` puts the engine in place of Chainer's, as importing `ada_loss.chainer` does. Graphs without a scope,
+`install` puts the engine in place of Chainer's, as the first scaled model does. Graphs without a scope,
 and gradients that are to be differentiated again, are still left to Chainer's.
 """
 
