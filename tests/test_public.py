@@ -25,6 +25,7 @@ PUBLIC = {
         "linear_backward",
         "links",
         "prepare",
+        "record",
     ],
     "ada_loss.chainer.kernels": ["PROVIDERS", "current", "use", "using"],
     "ada_loss.torch": ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward"],
