@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from ada_loss.chainer import AdaLossScaled, functions
+from ada_loss.chainer import AdaLossScaled, functions, prepare
 from twins import assert_exact
+from user_code import AgainInOldStyle, ByHand, add_a_new_array, add_by_method, add_in_place, again, changing
 
 ROWS, SIZE = 3, 4
 EXAMPLES = int(os.environ.get("ADA_LOSS_EXAMPLES", "100"))
@@ -64,6 +65,9 @@ STEPS = {
     "repeated rows": lambda m, a, b, c: F.linear(F.broadcast_to(a[1:2], (ROWS, SIZE)), m.W1),
     "views of both": lambda m, a, b, c: F.matmul(a[::-1, ::2], b[:2, ::-1]),
     "a column backwards": lambda m, a, b, c: F.matmul(F.flip(a, 0)[:, 3:], m.W1[::-3][1:]),
+    "computed again": lambda m, a, b, c: again(lambda x, y: F.linear(F.linear(x, m.F0), m.F1) + y, a, b),
+    "computed again in old style": lambda m, a, b, c: AgainInOldStyle(lambda x: F.linear(x, m.F1))(a),
+    "by hand": lambda m, a, b, c: ByHand(m.H, add_a_new_array).apply((a,))[0],
 }
 """What is done with values and parameters; derivatives in terms of magnitudes bound the true ones."""
 
@@ -87,6 +91,12 @@ EXACT_ONLY = {
     "dropconnect": lambda m, a, b, c: F.simplified_dropconnect(a, m.W0, m.b0),
     "sorted": lambda m, a, b, c: F.get_item(a, np.argsort(a.array[:, 0])),
     "bilinear": lambda m, a, b, c: F.bilinear(a, b, m.T),
+    "gradient reversed": lambda m, a, b, c: changing(lambda gy: -gy, a),
+    "gradient clipped": lambda m, a, b, c: changing(lambda gy: np.clip(gy, -0.1, 0.1), a),
+    "gradient normalized": lambda m, a, b, c: changing(lambda gy: gy / (1 + abs(gy).max(initial=0)), a),
+    "straight through": lambda m, a, b, c: changing(lambda gy: gy, F.sign(a)) + a,
+    "by hand in place": lambda m, a, b, c: ByHand(m.H, add_in_place).apply((a,))[0],
+    "by hand with a method": lambda m, a, b, c: ByHand(m.H, add_by_method).apply((a,))[0],
     "without gradient": lambda m, a, b, c: a + F.sign(b) * F.floor(c),
 }
 
@@ -120,6 +130,8 @@ class Program(chainer.Link):
             # Plain Chainer loses gradients of parameters that are used in F.forget and elsewhere.
             self.F0 = chainer.Parameter(normal, (SIZE, SIZE))
             self.F1 = chainer.Parameter(normal, (SIZE, SIZE))
+            # So it does with those that a backward writes to.
+            self.H = chainer.Parameter(normal, (SIZE, SIZE))
             self.V = chainer.Parameter(normal, (SIZE, 2 * SIZE))
             self.U = chainer.Parameter(normal, (2 * SIZE, SIZE))
             self.K = chainer.Parameter(normal, (1, 1, 3, 3))
@@ -183,9 +195,12 @@ def drawn(seed):
     seed=st.integers(0, 99),
     order=st.permutations(range(4)),
     calls=st.integers(1, 2),
+    passes=st.lists(st.floats(-3, 3, width=32), max_size=2),
 )
-def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order, calls):
+def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order, calls, passes):
     def run(model, *xs):
+        for factor in passes:
+            (weighted(model(*xs[::-1])) * np.float32(factor)).backward()
         results = xs
         for _ in range(calls):
             # The first result and an input go into the next call.
@@ -242,6 +257,38 @@ def test_in_float16_gradients_are_as_good_as_rounding_allows(method, timing, sma
     most = reference(program, inputs, held, np.abs)
     for path, gradient in found:
         error = np.linalg.norm(gradient - exact[path])
+        bound = (len(program.steps) + 2) * 2.0**-11 * np.linalg.norm(most[path])
+        assert error <= bound, (path, error / bound)
+
+
+@pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 3}, {}])
+@with_examples(
+    4,
+    program=programs(STEPS),
+    seed=st.integers(0, 99),
+    steps=st.lists(st.lists(st.integers(-24, 2), min_size=1, max_size=3), min_size=2, max_size=4),
+)
+def test_in_float16_they_are_so_whatever_passes_a_step_adds_up(settings, program, seed, steps):
+    inputs = [x.astype(np.float16) for x in drawn(seed)]
+    for parameter in program.params():
+        parameter.array = parameter.array.astype(np.float16)
+    held = []
+    program.hold = lambda value: held.append(value.array) or value
+    scaled = AdaLossScaled(program, **settings)
+    optimizer = prepare(chainer.optimizers.SGD(0.0).setup(scaled))
+    # What comes first may differ from what came last only where several passes were seen to come.
+    for powers in [[2, -24], *steps]:
+        scaled.cleargrads()
+        for power in powers:
+            held.clear()
+            (weighted(scaled(*map(chainer.Variable, inputs))) * 2.0**power).backward()
+        found = given(scaled)
+        optimizer.update()
+    exact = reference(program, inputs, held, lambda array: array)
+    most = reference(program, inputs, held, np.abs)
+    factor = sum(2.0**power for power in powers)
+    for path, gradient in found:
+        error = np.linalg.norm(gradient / factor - exact[path])
         bound = (len(program.steps) + 2) * 2.0**-11 * np.linalg.norm(most[path])
         assert error <= bound, (path, error / bound)
 
