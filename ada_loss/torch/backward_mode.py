@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch import operators
 from ada_loss.torch.operators.results import one
-from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.scaled_tensor import ScaledTensor, is_wrapper
 from ada_loss.torch.shifts import Shifts, shifts_for
 
 
@@ -32,18 +32,34 @@ class BackwardMode(TorchDispatchMode):
         super().__init__()
         self.shifts = shifts
         self.entered = 0
+        self._recorded = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(is_wrapper(kind) for kind in types):
+            return NotImplemented
         if ScaledTensor in types:
             return operators.apply(func, args, kwargs)
+        # With gradients enabled this is a forward pass, as checkpointing computes it again within backward;
+        # unless backward itself is recorded, to be differentiated again.
+        if torch.is_grad_enabled() and not self._recorded:
+            return func(*args, **kwargs)
         result = operators.begins_scaled(func, args, kwargs, self.shifts)
         if result is NotImplemented:
             return func(*args, **kwargs)
         self.entered += 1
         return result
+
+    @contextmanager
+    def recorded(self, recorded: bool) -> Iterator[None]:
+        """Around a backward pass that is recorded, to be differentiated again, or is not."""
+        before, self._recorded = self._recorded, recorded
+        try:
+            yield
+        finally:
+            self._recorded = before
 
     def seed(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient with which backward begins; scaled where it is of a scaled dtype."""
@@ -79,13 +95,26 @@ class _Differentiation(TorchFunctionMode):
 
 
 def _backward(
-    mode: BackwardMode, tensor: torch.Tensor, gradient: torch.Tensor | None = None, *args: Any, **kwargs: Any
+    mode: BackwardMode,
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **kwargs: Any,
 ) -> None:
-    return torch.Tensor.backward(tensor, _seed_for(mode, tensor, gradient), *args, **kwargs)
+    with mode.recorded(create_graph):
+        seed = _seed_for(mode, tensor, gradient)
+        torch.Tensor.backward(tensor, seed, retain_graph, create_graph, **kwargs)
 
 
 def _grad(
-    mode: BackwardMode, outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
+    mode: BackwardMode,
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **kwargs: Any,
 ) -> Any:
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
     given = (
@@ -93,9 +122,17 @@ def _grad(
     )
     if len(given) == 1:
         given = tuple(given) * len(outputs)
-    seeds = tuple(_seed_for(mode, output, g) for output, g in zip(outputs, given, strict=True))
-    gradients = torch.autograd.grad(outputs, inputs, seeds, *args, **kwargs)
-    return tuple(g.to_true() if isinstance(g, ScaledTensor) else g for g in gradients)
+    with mode.recorded(create_graph):
+        seeds = tuple(_seed_for(mode, output, g) for output, g in zip(outputs, given, strict=True))
+        gradients = torch.autograd.grad(outputs, inputs, seeds, retain_graph, create_graph, **kwargs)
+        return tuple(_true(gradient) for gradient in gradients)
+
+
+def _true(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """By an operator, which autograd can differentiate."""
+    if not isinstance(gradient, ScaledTensor):
+        return gradient
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _seed_for(mode: BackwardMode, output: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:

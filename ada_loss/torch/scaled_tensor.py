@@ -116,8 +116,16 @@ class ScaledTensor(torch.Tensor):
     ) -> Any:
         from ada_loss.torch import operators
 
+        if any(is_wrapper(kind) for kind in types):
+            return NotImplemented
         return operators.apply(func, args, kwargs or {})
 
 
-_NEEDS_MEMORY = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
-"""What hands out memory or numbers of a tensor: of the true value, in float32."""
+def is_wrapper(kind: type) -> bool:
+    """Whether tensors of a type hold others, as nested and distributed ones do: those take operators apart
+    first, and the rules apply to what they hold."""
+    return kind is not ScaledTensor and hasattr(kind, "__tensor_flatten__")
+
+
+_NEEDS_MEMORY = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__deepcopy__}
+"""What hands out or copies a tensor's memory: of the true value, in float32."""

@@ -24,19 +24,29 @@ def begins_scaled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shif
     """The result of an operator of plain tensors, if it enters a dtype that is scaled; NotImplemented if
     not."""
     entry = _ENTRIES.get(func)
-    # With gradients enabled this is a forward pass, as checkpointing computes it again within backward.
-    if entry is None or torch.is_grad_enabled():
-        return NotImplemented
-    return entry(func, args, kwargs, shifts)
+    return NotImplemented if entry is None else entry(func, args, kwargs, shifts)
 
 
 def _cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shifts: Shifts) -> Any:
-    """A true gradient that is rounded: scaled first."""
+    """A true gradient that is rounded: scaled first.
+
+    Raises:
+        RuntimeError: it is sparse or complex, and so cannot be scaled.
+    """
     value, dtype = args[0], cast_to(args, kwargs)
+    if value.is_complex():
+        if dtype is torch.complex32 and value.dtype is not dtype and torch.float16 in shifts.dtypes:
+            raise RuntimeError(
+                "A gradient in complex32 cannot be scaled: compute this part in complex64, from float32."
+            )
+        return NotImplemented
     if dtype not in shifts.dtypes or value.dtype in shifts.dtypes or not value.is_floating_point():
         return NotImplemented
     if value.layout is not torch.strided:
-        return NotImplemented
+        raise RuntimeError(
+            "A sparse gradient in float16 cannot be scaled: keep this parameter in float32 under "
+            "torch.autocast, or set its grad_dtype to torch.float32."
+        )
     return cast(func, (entering(value, dtype, shifts), *args[1:]), kwargs)
 
 

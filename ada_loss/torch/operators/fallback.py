@@ -65,7 +65,7 @@ def forget_warnings() -> None:
 
 
 def _as(value: torch.Tensor, dtype: torch.dtype, shifts: Shifts) -> torch.Tensor:
-    if value.layout is not torch.strided:
+    if value.layout is not torch.strided or value.is_complex():
         return value
     if dtype in shifts.dtypes and value.is_floating_point():
         return entering(value, dtype, shifts)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.operators.arguments import mapped, raw, scaled_in
+from ada_loss.torch.operators.arguments import mapped, raw, scaled_in, widened
 from ada_loss.torch.operators.registry import register
-from ada_loss.torch.operators.results import one
+from ada_loss.torch.operators.results import entering, one
 from ada_loss.torch.scaled_tensor import ScaledTensor
 from ada_loss.torch.shifts import OF_ZERO
 
@@ -48,21 +48,27 @@ def change_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor of this one's kind that holds zeros, or nothing yet."""
-    return _new(func, args, kwargs, OF_ZERO)
-
-
-def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor of this one's kind that holds a number everywhere."""
-    return _new(func, args, kwargs, 1.0)
-
-
-def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> Any:
-    if not isinstance(args[0], ScaledTensor) or scaled_in((args[1:], kwargs)):
+    if not _only_first_is_scaled(args, kwargs):
         return NotImplemented
     result = func(raw(args[0]), *args[1:], **kwargs)
     if result.dtype != args[0].dtype:
         return result
-    return ScaledTensor(result, torch.full_like(one(result), scale), args[0].shifts)
+    return ScaledTensor(result, torch.full_like(one(result), OF_ZERO), args[0].shifts)
+
+
+def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new tensor of this one's kind that holds a true number everywhere."""
+    if not _only_first_is_scaled(args, kwargs):
+        return NotImplemented
+    dtype = kwargs.get("dtype") or args[0].dtype
+    if dtype != args[0].dtype:
+        return func(raw(args[0]), *args[1:], **kwargs)
+    result = func(widened(args[0]), *args[1:], **mapped(widened, kwargs))
+    return entering(result, dtype, args[0].shifts)
+
+
+def _only_first_is_scaled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return isinstance(args[0], ScaledTensor) and not scaled_in((args[1:], kwargs))
 
 
 register(
