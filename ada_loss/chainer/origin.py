@@ -172,8 +172,8 @@ def look(function: Any, gys: Iterable[Any], found: Iterable[tuple[Any, InFlight]
         if isinstance(leaf, chainer.Parameter):
             # The end of the step will tell whether this one is finite.
             if id(leaf) not in _seen.leaves:
-                where = _of_the_backward_pass("at {place}", function)
-                _seen.leaves[id(leaf)] = _Leaf(weakref.ref(leaf), where)
+                where = "at {place}" if library_of(gradient.array).on_host else "at {place} or before it"
+                _seen.leaves[id(leaf)] = _Leaf(weakref.ref(leaf), _of_the_backward_pass(where, function))
         elif library_of(gradient.array).on_host and not math.isfinite(amax_of(gradient.array)):
             _seen.origin = _diagnosis(function, [gy for gy in gys if gy is not None])
             return
