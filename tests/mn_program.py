@@ -20,7 +20,7 @@ from chainer import optimizers
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from ada_loss.chainer import AdaLossScaled, Diverged
-from ada_loss.core.config import METHODS
+from ada_loss.core.config import METHODS, TIMINGS
 from helpers import dtype
 from mn_agreement import accumulation, communication, delayed, exponents, own_timing, statistics
 from mn_training import BATCH, no_norm, outcome, prepared, share, steps
@@ -244,6 +244,52 @@ def resumption(comm: Any, ranks: str) -> dict[str, Any]:
     return {**resumed, **{f"whole {name}": array for name, array in whole.items()}}
 
 
+def one_bad_rank(comm: Any, norm: str, timing: str) -> dict[str, Any]:
+    """A batch that is not finite on the last rank: what is logged, and statistics before and after."""
+    import chainermn
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("ada_loss").addHandler(handler)
+
+    def make(channels: int) -> chainer.Link:
+        if norm == "multi-node":
+            return chainermn.links.MultiNodeBatchNormalization(channels, comm)
+        return L.BatchNormalization(channels)
+
+    with dtype("mixed16"):
+        target = training(norm=make, timing=timing)
+        optimizer = prepared(target, comm)
+        steps(target, optimizer, comm, [1, 1])
+        statistics = target.model.norm
+        before = [statistics.avg_mean.copy(), statistics.avg_var.copy()]
+        x, t = share(batch(np.random.default_rng(58), BATCH), comm)
+        if comm.rank == comm.size - 1:
+            x[0] = np.nan
+        optimizer.update(target, x, t)
+        after = [statistics.avg_mean.copy(), statistics.avg_var.copy()]
+        steps(target, optimizer, comm, [1], seed=59)
+    logging.getLogger("ada_loss").removeHandler(handler)
+    return {
+        "before": np.array(before),
+        "after": np.array(after),
+        "later": np.array([statistics.avg_mean, statistics.avg_var]),
+        "reason": np.array([record.getMessage() for record in records]),
+        "steps": np.array([optimizer.t, optimizer.entry_scale.skipped]),
+    }
+
+
+def bad_start(comm: Any) -> dict[str, Any]:
+    """A bad batch in the first update, which only spreads values."""
+    with dtype("mixed16"):
+        target = training()
+        optimizer = prepared(target, comm)
+        x, t = share(batch(np.random.default_rng(58), BATCH), comm)
+        optimizer.update(target, x * np.float16(np.nan), t)
+    return {"statistics": np.array([target.model.norm.avg_mean, target.model.norm.avg_var])}
+
+
 METHODS_AND_PRECISIONS = [(method, precision) for precision in ("float32", "mixed16") for method in METHODS]
 
 CASES: dict[str, Any] = {
@@ -275,6 +321,14 @@ SEVERAL: dict[str, Any] = {
     "delayed": delayed,
     "accumulation": accumulation,
     "own timing": own_timing,
+    "bad start": bad_start,
+    **{
+        f"one bad rank, {norm}, {timing}": lambda comm, norm=norm, timing=timing: one_bad_rank(
+            comm, norm, timing
+        )
+        for norm in ("multi-node", "own")
+        for timing in TIMINGS
+    },
     **{
         f"resumption {ranks}": lambda comm, ranks=ranks: resumption(comm, ranks) for ranks in ("all", "first")
     },

@@ -52,8 +52,7 @@ class PreparedMultiNodeOptimizer:
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
         target = self.actual_optimizer.target
-        if lossfun is not None:
-            compute_gradients(self.actual_optimizer, lossfun, args, kwargs)
+        loss = None if lossfun is None else compute_gradients(self.actual_optimizer, lossfun, args, kwargs)
         if self.is_changed(target):
             self._start_from_rank_0(target)
             running_statistics.undo_where_not_finite()
@@ -67,6 +66,8 @@ class PreparedMultiNodeOptimizer:
         if lent.overflows:
             bad = [parameter for parameter, finite in zip(parameters, lent.finite, strict=True) if not finite]
             self.actual_optimizer.foreseen_skip = self._where_it_began(bad)
+        # Until now its graph could tell where numbers stopped being finite.
+        del loss
         try:
             self.communicator.multi_node_mean_grad(target, self.zero_fill)
         finally:

@@ -200,11 +200,12 @@ class StepOnMasters(chainer.GradientMethod):
             origin.end()
 
     def _step(self, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if lossfun is not None:
-            compute_gradients(self, lossfun, args, kwargs)
+        loss = None if lossfun is None else compute_gradients(self, lossfun, args, kwargs)
         parameters = unique_parameters(self.target)
         finite = all_finite([array for parameter in parameters for array in parameter.arrays()])
         self.last_skip, self.foreseen_skip = None if finite else self._why(parameters), None
+        # Until now its graph could tell where numbers stopped being finite.
+        del loss
         if finite:
             self._stepping = True
             try:
@@ -323,9 +324,11 @@ def _new_prepared(mixin: type, plain: type) -> Any:
     return object.__new__(_prepared_class(mixin, plain))
 
 
-def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def compute_gradients(
+    optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> chainer.Variable:
     """Evaluate the loss and run backward, as Chainer's optimizers do when their update is given a loss
-    function."""
+    function; returns the loss."""
     running_statistics.begin(optimizer.target)
     loss = lossfun(*args, **kwargs)
     if getattr(optimizer, "_use_cleargrads", True):
@@ -333,6 +336,7 @@ def compute_gradients(optimizer: Any, lossfun: Any, args: tuple[Any, ...], kwarg
     else:
         optimizer.target.zerograds()
     loss.backward(loss_scale=optimizer._loss_scale)
+    return loss
 
 
 def scopes(target: chainer.Link) -> list[Scaling]:

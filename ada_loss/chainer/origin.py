@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import chainer
@@ -23,6 +24,7 @@ from ada_loss.arrays.library import all_finite, amax_of, library_of
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.forward_values import What, first_not_finite, is_finite, results_of, value_of
 from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.scope import ENTRY
 from ada_loss.chainer.tagging import tag_of
 
 _RECENT_LOSSES = 16
@@ -76,10 +78,13 @@ class _Place(NamedTuple):
     @classmethod
     def _layer(cls, function: Any) -> _Place | None:
         tag = tag_of(function)
-        path = tag.point.site.path if tag is not None and tag.point is not None else None
+        path = tag.point.site.path if tag is not None and tag.point is not None else ENTRY
         used = (x.get_variable_or_none() for x in function.inputs or ())
         parameter = next((weakref.ref(x) for x in used if isinstance(x, chainer.Parameter)), None)
-        return None if path is None and parameter is None else cls(function.label, path, parameter)
+        if path == ENTRY:
+            # The cast of a model's results is no layer of anybody's.
+            return None if parameter is None else cls(function.label, None, parameter)
+        return cls(function.label, path, parameter)
 
     def text(self, paths: Mapping[int, str]) -> str:
         """What to call it, given the paths of parameters by id."""
@@ -112,26 +117,38 @@ class _Origin(NamedTuple):
         return Skip(self.order, self.words.format(place=self.place.text(paths)), self.place.layer(paths))
 
 
+_GRAPH_IS_GONE = ", or on the forward pass, whose graph is gone"
 _BACKWARD_WORDS = "a gradient stopped being finite on the backward pass, "
 
 
 class _Leaf(NamedTuple):
-    """A parameter that gradients have reached, and where it begins if the first of them is not finite."""
+    """A parameter that a gradient has reached. number: of the latest pass in which one has. origin: where it
+    began if that gradient is not finite. function: refers to the first that it came from in that pass."""
 
+    number: int
     parameter: weakref.ref[Any]
     origin: _Origin
+    function: weakref.ref[Any]
+
+    def diagnosis(self) -> _Origin:
+        """Where it began, if the graph is still there to tell whether that was on the forward pass."""
+        function = self.function()
+        if function is None:
+            return self.origin._replace(words=self.origin.words + _GRAPH_IS_GONE)
+        return _before(function) or self.origin
 
 
 class _Seen(threading.local):
     """What backward passes have shown since the last update of a prepared optimizer.
 
     origin: where numbers first were not finite. outputs: nodes from which the pass started that is running.
-    losses: values of such nodes, of earlier passes as well. number: of the function whose backward is looked
-    at, in order. leaves: by id of the parameter.
+    losses: values of such nodes, of earlier passes as well. first_pass: the number of the first. number: of
+    the function whose backward is looked at, in order. leaves: by id of the parameter.
     """
 
     origin: _Origin | None = None
     outputs: tuple[Any, ...] = ()
+    first_pass: int | None = None
     number = 0
 
     def __init__(self) -> None:
@@ -148,7 +165,12 @@ def backward_from(outputs: Iterable[Any]) -> Iterator[None]:
     around = _seen.outputs
     # A pass inside another one is a part of it.
     _seen.outputs = around or tuple(outputs)
-    _seen.losses.extend((value, weakref.ref(node)) for node, value in _losses(_seen.outputs))
+    if _seen.first_pass is None:
+        _seen.first_pass = backward_state.number()
+    for node, value in _losses(_seen.outputs):
+        _seen.losses.append((value, weakref.ref(node)))
+        if _seen.origin is None and library_of(value).on_host and not is_finite(value):
+            _seen.origin = _of_a_loss(node, value)
     try:
         yield
     finally:
@@ -171,9 +193,14 @@ def look(function: Any, gys: Iterable[Any], found: Iterable[tuple[Any, InFlight]
         leaf = node.get_variable_or_none() if node.creator_node is None else None
         if isinstance(leaf, chainer.Parameter):
             # The end of the step will tell whether this one is finite.
-            if id(leaf) not in _seen.leaves:
+            known = _seen.leaves.get(id(leaf))
+            if known is None or known.number != backward_state.number():
                 where = "at {place}" if library_of(gradient.array).on_host else "at {place} or before it"
-                _seen.leaves[id(leaf)] = _Leaf(weakref.ref(leaf), _of_the_backward_pass(where, function))
+                origin = _of_the_backward_pass(where, function)
+                reference = weakref.ref(leaf, partial(_forget, id(leaf)))
+                _seen.leaves[id(leaf)] = _Leaf(
+                    backward_state.number(), reference, origin, weakref.ref(function)
+                )
         elif library_of(gradient.array).on_host and not math.isfinite(amax_of(gradient.array)):
             _seen.origin = _diagnosis(function, [gy for gy in gys if gy is not None])
             return
@@ -187,36 +214,35 @@ def reason(target: chainer.Link, bad: Iterable[Any]) -> Skip:
         bad: those of its parameters whose gradient is not finite, at least one.
     """
     paths = {id(parameter): path for path, parameter in target.namedparams()}
-    first_seen = _seen.origin or _of_remembered_losses()
-    candidates = [] if first_seen is None else [first_seen]
-    for parameter in bad:
-        leaf = _seen.leaves.get(id(parameter))
-        if leaf is not None and leaf.parameter() is parameter:
-            candidates.append(leaf.origin)
-    if candidates:
-        return min(candidates, key=lambda origin: origin.order).skip(paths)
+    leaves = [leaf for p in bad if (leaf := _seen.leaves.get(id(p))) and leaf.parameter() is p]
+    origin = _seen.origin or _of_remembered_losses()
+    if _seen.origin is not None and _seen.first_pass != backward_state.number():
+        # In which of the passes a parameter's gradient overflowed is not known.
+        leaves = []
+    leaf = min(leaves, key=lambda leaf: leaf.origin.order, default=None)
+    if leaf is not None and (origin is None or leaf.origin.order < origin.order):
+        origin = leaf.diagnosis()
+    if origin is not None:
+        return origin.skip(paths)
     path = min(paths[id(parameter)] for parameter in bad)
     return Skip((1, _seen.number), f"the gradient of {path} is not finite", path)
 
 
 def end() -> None:
     """Forget what has been seen: a step is over."""
-    _seen.origin, _seen.number, _seen.outputs = None, 0, ()
+    _seen.origin, _seen.number, _seen.outputs, _seen.first_pass = None, 0, (), None
     _seen.leaves.clear()
     _seen.losses.clear()
 
 
+def _forget(key: int, _: Any) -> None:
+    _seen.leaves.pop(key, None)
+
+
 def _diagnosis(function: Any, gys: list[Any]) -> _Origin:
     """Where it began, of what came out of a function that was the first from which it was not finite."""
-    for node, value in _losses(_seen.outputs):
-        if not is_finite(value):
-            return _of_a_loss(node, value)
-    around = [
-        *function.inputs,
-        *(node for reference in function.outputs if (node := reference()) is not None),
-    ]
-    if not all(map(is_finite, [*map(value_of, around), *results_of(function)])):
-        return _of_the_forward_pass(around)
+    if (origin := _before(function)) is not None:
+        return origin
     if all_finite(gys):
         return _of_the_backward_pass("at {place}", function)
     if any(node.creator_node is function for node in _seen.outputs):
@@ -224,6 +250,15 @@ def _diagnosis(function: Any, gys: list[Any]) -> _Origin:
     return _of_the_backward_pass(
         "where gradients enter a scaled model or add up, at the result of {place}", function
     )
+
+
+def _before(function: Any) -> _Origin | None:
+    """Where on the forward pass it began, if what a function has computed, or from what, is not finite."""
+    results = [node for reference in function.outputs if (node := reference()) is not None]
+    around = [*function.inputs, *results]
+    if all(map(is_finite, [*map(value_of, around), *results_of(function)])):
+        return None
+    return _of_the_forward_pass(around)
 
 
 def _of_remembered_losses() -> _Origin | None:

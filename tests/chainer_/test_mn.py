@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mn_program
-from ada_loss.core.config import METHODS
+from ada_loss.core.config import METHODS, TIMINGS
 from mn_training import Alone, no_norm
 from toy import masters, training
 
@@ -150,6 +150,25 @@ class TestRanksTrainAsOne:
             np.testing.assert_array_equal(result["scales"], alone("overflow")["scales"])
             for name, array in results[0].items():
                 np.testing.assert_array_equal(result[name], array, err_msg=name)
+
+    @pytest.mark.parametrize("timing", TIMINGS)
+    @pytest.mark.parametrize("norm", ["multi-node", "own"])
+    def test_a_bad_batch_on_one_rank_leaves_no_trace_on_any_and_rank_0_says_where_it_began(
+        self, ranks, norm, timing
+    ):
+        results = ranks[f"one bad rank, {norm}, {timing}"]
+        for result in results:
+            np.testing.assert_array_equal(result["after"], result["before"])
+            assert np.isfinite(result["later"]).all() and (result["later"] != result["after"]).all()
+            assert result["steps"].tolist() == [3, 1]
+        (message,) = results[0]["reason"]
+        assert message.startswith(f"Skipped a step, 1 so far: on rank {ranks.size - 1} the loss is nan")
+        assert "on the forward pass, at /model/first (LinearFunction): those that went in" in message
+        assert not any(result["reason"].size for result in results[1:])
+
+    def test_a_bad_batch_in_the_first_update_leaves_statistics_finite(self, ranks):
+        for result in ranks["bad start"]:
+            assert np.isfinite(result["statistics"]).all()
 
     def test_divergence_ends_all_ranks_at_the_same_step(self, ranks, alone):
         np.testing.assert_array_equal(ranks.the_same("divergence")["scales"], alone("divergence")["scales"])
