@@ -22,15 +22,17 @@ class What(Enum):
     """What of a function is not finite."""
 
     RESULT = "its result, though its inputs are"
+    RESULT_OR_INPUT = "its result, where nobody knows what went in"
     INPUT = "an input that comes from outside the graph"
     PARAMETER = "a parameter"
 
 
 class Blame(NamedTuple):
-    """The first function of a graph that something is wrong with."""
+    """The first function of a graph that something is wrong with. users: functions of its results."""
 
     function: Any
     what: What
+    users: tuple[Any, ...] = ()
 
 
 def value_of(node: Any) -> Any:
@@ -68,10 +70,12 @@ def first_not_finite(nodes: Iterable[Any]) -> Blame | None:
     """
     values: dict[Any, Any] = {}
     with np.errstate(all="ignore"), chainer.no_backprop_mode():
-        for function in _upstream(nodes):
+        functions = _upstream(nodes)
+        for function in functions:
             blame = _blame(function, values)
             if blame is not None:
-                return blame
+                users = (f for f in functions if any(x.creator_node is blame.function for x in f.inputs))
+                return blame._replace(users=tuple(users))
     return None
 
 
@@ -89,7 +93,9 @@ def _blame(function: Any, values: dict[Any, Any]) -> Blame | None:
     for node, value in outputs.items():
         values[node] = value
         if not is_finite(value):
-            return Blame(_first_unknown(function, values), What.RESULT)
+            first = _first_unknown(function, values)
+            unknown = any(values.get(x) is None for x in first.inputs)
+            return Blame(first, What.RESULT_OR_INPUT if unknown else What.RESULT)
     return None
 
 

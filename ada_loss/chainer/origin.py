@@ -55,25 +55,28 @@ class _Place(NamedTuple):
     """A function, for people.
 
     label: Chainer's name of it. path: of the site at which it is a decision point, if it is one. parameter:
-    refers to one that it was applied to, if there is one. after: the nearest layer upstream of a function
-    that is neither.
+    refers to one that it was applied to, if there is one. near: of a function that has neither, the nearest
+    layer upstream, or else one that uses its result; direction: which of the two.
     """
 
     label: str
     path: str | None = None
     parameter: weakref.ref[Any] | None = None
-    after: _Place | None = None
+    near: _Place | None = None
+    direction: str = "after"
 
     @classmethod
-    def of(cls, function: Any) -> _Place:
+    def of(cls, function: Any, users: Iterable[Any] = ()) -> _Place:
+        """users: functions of its results."""
         upstream = function
         while upstream is not None:
             found = cls._layer(upstream)
             if found is not None:
-                return found if upstream is function else cls(function.label, after=found)
+                return found if upstream is function else cls(function.label, near=found)
             makers = (x.creator_node for x in upstream.inputs or ())
             upstream = next((maker for maker in makers if maker is not None), None)
-        return cls(function.label)
+        used_by = next((found for user in users if (found := cls._layer(user)) is not None), None)
+        return cls(function.label, near=used_by, direction="before")
 
     @classmethod
     def _layer(cls, function: Any) -> _Place | None:
@@ -91,12 +94,14 @@ class _Place(NamedTuple):
         layer = self._path(paths)
         if layer is not None:
             return f"{layer} ({self.label})"
-        return self.label if self.after is None else f"{self.label} after {self.after.text(paths)}"
+        if self.near is None:
+            return self.label
+        return f"{self.label} {self.direction} {self.near.text(paths)}"
 
     def layer(self, paths: Mapping[int, str]) -> str:
-        """The path of its layer, or of the nearest one upstream; if there is none, Chainer's name of it."""
+        """The path of its layer, or of the nearest one; if there is none, Chainer's name of it."""
         own = self._path(paths)
-        return own or (f"({self.label})" if self.after is None else self.after.layer(paths))
+        return own or (f"({self.label})" if self.near is None else self.near.layer(paths))
 
     def _path(self, paths: Mapping[int, str]) -> str | None:
         # In parentheses are names of ours, such as that of the model's results.
@@ -284,11 +289,16 @@ def _of_the_forward_pass(nodes: Iterable[Any], so: str = "") -> _Origin:
     blame = first_not_finite(nodes)
     if blame is None:
         return _Origin((0, 0), f"{so}numbers stopped being finite on the forward pass", _Place(""))
-    return _Origin((0, blame.function.rank), so + _FORWARD_WORDS[blame.what], _Place.of(blame.function))
+    return _Origin(
+        (0, blame.function.rank), so + _FORWARD_WORDS[blame.what], _Place.of(blame.function, blame.users)
+    )
 
 
 _FORWARD_WORDS = {
     What.RESULT: "numbers stopped being finite on the forward pass, at {place}",
+    What.RESULT_OR_INPUT: (
+        "numbers stopped being finite on the forward pass, at {place}, if those that went in were"
+    ),
     What.INPUT: "numbers were not finite on the forward pass, at {place}: those that went in",
     What.PARAMETER: "numbers were not finite on the forward pass, at {place}: those of a parameter",
 }

@@ -217,6 +217,12 @@ class TestOnTheForwardPass:
         message = reason(scaled(), data(value), step=step)
         assert message == f"{LOSS.format('nan')}{WENT_IN}/c ({LAYER}): those that went in"
 
+    def test_at_the_cast_of_an_input_of_which_nothing_is_known_any_more(self, step):
+        message = reason(scaled(), data(1e6, "float32"), step=step)
+        assert message == (
+            f"{LOSS.format('nan')}{FORWARD}Cast before /c ({LAYER}), if those that went in were"
+        )
+
     def test_at_a_layer_with_a_weight_that_is_not_finite(self, step):
         model = scaled()
         model.d.W.array[0, 0] = np.nan

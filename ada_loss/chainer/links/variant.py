@@ -63,7 +63,9 @@ def _fitting(x: Any, layer: Any) -> Any:
     if not isinstance(dtype, np.dtype) or dtype.kind != "f":
         return x
     weights = _dtype_of(layer.W)
-    return chainer.functions.cast(x, weights) if np.float16 in (dtype, weights) else x
+    # F.cast would add a function to the graph even where there is nothing to do.
+    fits = dtype == weights or np.float16 not in (dtype, weights)
+    return x if fits else chainer.functions.cast(x, weights)
 
 
 def _dtype_of(weights: chainer.Variable) -> np.dtype[Any]:
