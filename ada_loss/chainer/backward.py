@@ -113,6 +113,8 @@ class BackwardPass:
         arrays, exponent = _aligned(gys if tag else [_outside(function, gy) for gy in gys], tag)
         del gys
         with hooked(function, arrays, exponent) as (arrays, exponent):
+            for index in targets:
+                self._reach(function.inputs[index])
             found = _gradients(function, targets, arrays, exponent, tag)
         self._show(function, arrays, exponent, found)
         if chainer.is_debug() and any(chainer.backend._contains_nan(gx.array) for _, gx in found):
@@ -146,14 +148,19 @@ class BackwardPass:
     def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
         creator = node.creator_node
         if creator is None:
-            if node not in self._leaves:
-                self._gradients[node] = self._present(node)
-            self._leaves[node] = self._leaves.get(node, False) or tag is not None
+            self._reach(node)
+            self._leaves[node] |= tag is not None
         elif tag is None and not gradient.exponent and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
             backward_state.note_entry(inside.scope.policy)
             gradient = InFlight(shifted(gradient.array, exponent), exponent)
         self._gradients.setdefault(node, []).append(gradient)
+
+    def _reach(self, node: VariableNode) -> None:
+        """Take what a leaf has before anything is added to it, as Chainer does before each backward."""
+        if node.creator_node is None and node not in self._leaves:
+            self._gradients[node] = self._present(node)
+            self._leaves[node] = False
 
     def _enqueue(self, function: Any) -> None:
         if function is not None and function not in self._seen:

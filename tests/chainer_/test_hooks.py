@@ -163,3 +163,25 @@ class TestInFloat16:
         for hook in (chainer.function_hooks.TimerHook(), Acting()):
             found.append(observed(narrow, hook, x, SMALL))
         assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("when", ["backward_preprocess", "backward_postprocess"])
+@pytest.mark.parametrize("label", ["LinearFunction", "ReLU", "Tanh"])
+def test_a_hook_that_clears_gradients_clears_what_plain_chainers_does(when, label, rng):
+    link, x, found = Graph(combine), draw(rng), []
+    for model in (wrapped_copy(link), link):
+
+        class Clearing(chainer.FunctionHook):
+            name = "Clearing"
+
+        def clear(self, function, in_data, gys, model=model):
+            if function.label == label:
+                model.cleargrads()
+
+        setattr(Clearing, when, clear)
+        model.cleargrads()
+        weighted_sum(model(x)).backward()
+        with Clearing():
+            weighted_sum(model(x)).backward()
+        found.append({path: parameter.grad for path, parameter in model.namedparams()})
+    assert_same_bits(*found)
