@@ -42,8 +42,8 @@ def communication(comm: Any) -> dict[str, Any]:
 
 def exponents(comm: Any) -> dict[str, Any]:
     """What is lent of gradients that ranks see differently, if there were 64 ranks to add them up."""
+    from ada_loss.chainer.agreement import lend_at_agreed_exponents
     from ada_loss.chainer.gradient import InFlight
-    from ada_loss.chainer.mn import lend_at_agreed_exponents
     from ada_loss.chainer.parameters import adopt
 
     held = {
@@ -145,8 +145,8 @@ def own_timing(comm: Any) -> dict[str, Any]:
 
 def statistics(comm: Any) -> dict[str, Any]:
     """Gradients brought to one exponent, as before ranks average statistics of them."""
+    from ada_loss.chainer.agreement import at_agreed_exponent
     from ada_loss.chainer.gradient import InFlight
-    from ada_loss.chainer.mn import at_agreed_exponent
 
     last = comm.rank == comm.size - 1
     held = {

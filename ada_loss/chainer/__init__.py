@@ -5,7 +5,8 @@ from ada_loss.chainer import compat as compat  # isort: skip  (has to come befor
 
 from ada_loss.chainer import extensions, functions, kernels, links
 from ada_loss.chainer.links import AdaLossBranch, AdaLossConvolution2D, AdaLossDeconvolution2D, AdaLossLinear
-from ada_loss.chainer.optimizer import Diverged, prepare
+from ada_loss.chainer.optimizer import Diverged
+from ada_loss.chainer.preparing import prepare
 from ada_loss.chainer.recording import record
 from ada_loss.chainer.scaled import AdaLossScaled
 from ada_loss.chainer.user_functions import linear_backward

@@ -35,6 +35,7 @@ from chainer.functions.util.forget import Forget, _call_func
 from chainer.variable import VariableNode, _check_grad_type
 
 from ada_loss.chainer import backward_state, observing, origin, running_statistics
+from ada_loss.chainer.agreement import at_agreed_exponent
 from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
 from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.ownership import in_scopes, tag_graph
@@ -299,9 +300,6 @@ def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -
     if communicator is None or gys[0] is None:
         return gys, exponent
     backward_state.note_communication()
-    # MPI is needed only here.
-    from ada_loss.chainer.mn import at_agreed_exponent
-
     agreed = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
     return (agreed.array, *gys[1:]), agreed.exponent
 

@@ -1,5 +1,4 @@
-"""`prepare`: the second line that a user writes. An optimizer that hands true float32 gradients to hooks and
-updates."""
+"""What a prepared optimizer is: one that hands true float32 gradients to hooks and updates."""
 
 from __future__ import annotations
 
@@ -14,11 +13,10 @@ import numpy as np
 from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.origin import Skip
-from ada_loss.chainer.own_updates import optimizers_inside, require_step
+from ada_loss.chainer.own_updates import require_step
 from ada_loss.chainer.ownership import claim, scaled_models
 from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
 from ada_loss.chainer.scaling import Scaling
-from ada_loss.chainer.settings import require_optimizer
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.core.entry_scale import EntryScale
 
@@ -238,37 +236,6 @@ def _numbers(rule: Any) -> dict[str, float]:
     """What an update rule keeps as plain numbers, such as MSVAG's power of beta: Chainer saves only its
     arrays."""
     return {} if rule is None else {name: x for name, x in vars(rule).items() if isinstance(x, float)}
-
-
-def prepare(optimizer: Any) -> Any:
-    """Make an optimizer take the gradients of `AdaLossScaled` models; returns the optimizer.
-
-    Call it after `optimizer.setup(model)`, on a plain optimizer or on ChainerMN's multi-node optimizer; a
-    second call changes nothing.
-
-    Args:
-        optimizer: one of `chainer.optimizers` or of their kind, or ChainerMN's multi-node optimizer.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        TypeError: it is no optimizer.
-        ValueError: it has no target yet, or its target holds no `AdaLossScaled`.
-    """
-    require_optimizer(optimizer)
-    require_scopes(optimizer.target)
-    look_after(optimizer.target)
-    if "actual_optimizer" in vars(optimizer):
-        # MPI is needed only here.
-        from ada_loss.chainer.mn import prepare_multi_node
-
-        return prepare_multi_node(optimizer)
-    for inside in optimizers_inside(optimizer):
-        prepare(inside)
-    if not optimizers_inside(optimizer):
-        prepare_step(optimizer)
-    return optimizer
 
 
 def prepare_step(optimizer: Any) -> None:

@@ -8,7 +8,7 @@ the range of its own format.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -114,11 +114,13 @@ class ScaledTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from ada_loss.torch import operators
-
         if any(is_wrapper(kind) for kind in types):
             return NotImplemented
-        return operators.apply(func, args, kwargs or {})
+        return cls.apply_operator(func, args, kwargs or {})
+
+    apply_operator: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]]
+    """What an operator returns for scaled tensors; put here by `ada_loss.torch.operators`, which needs this
+    class."""
 
 
 def is_wrapper(kind: type) -> bool:

@@ -13,6 +13,7 @@ from ada_loss.torch.operators import joins as joins
 from ada_loss.torch.operators import linear as linear
 from ada_loss.torch.operators import products as products
 from ada_loss.torch.operators.registry import KINDS, RULES
+from ada_loss.torch.scaled_tensor import ScaledTensor
 
 __all__ = ["KINDS", "RULES", "apply", "begins_scaled", "fallback", "kind_of"]
 
@@ -65,3 +66,6 @@ def _has_parts(func: Any) -> bool:
 @cache
 def _changes_arguments(func: Any) -> bool:
     return bool(func._schema.is_mutable)
+
+
+ScaledTensor.apply_operator = staticmethod(apply)
