@@ -228,6 +228,7 @@ def _gradients(
             "keep it outside AdaLossScaled."
         )
     gys, exponent = _agreed_over_processes(function, gys, exponent)
+    gys, exponent = _at_fixed_scale(gys, exponent, tag)
     if is_users(function):
         scales_sums = tag is not None and tag.scope.scales_sums(tag.point)
         headroom = _meeting(tag).headroom
@@ -292,6 +293,14 @@ def _forgotten(
     found = [(function.inputs[index], inner.pop(inputs[index].node)) for index in targets]
     inner.finish()
     return [(node, gx) for node, gx in found if gx is not None]
+
+
+def _at_fixed_scale(gys: tuple[Any, ...], exponent: int, tag: Tag | None) -> tuple[tuple[Any, ...], int]:
+    """Gradients that arrive at a decision point, at its own scale if it has a fixed one."""
+    fixed = tag.scope.policy.fixed_exponent(tag.point) if tag is not None and tag.point is not None else None
+    if fixed is None:
+        return gys, exponent
+    return tuple(None if gy is None else shifted(gy, fixed - exponent) for gy in gys), fixed
 
 
 def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -> tuple[tuple[Any, ...], int]:

@@ -10,12 +10,15 @@ from ada_loss.arrays.measuring import WeightStatistics, measure
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.fan_outs import FanOut
 from ada_loss.chainer.gradient import InFlight, Meeting, largest_magnitudes
+from ada_loss.chainer.parts import Parts
+from ada_loss.chainer.tagging import Point
 from ada_loss.core.alignment import HEADROOM
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.decision import Decision, Site
 from ada_loss.core.formats import FLOAT16, FloatFormat
 from ada_loss.core.measurement import Factor
 from ada_loss.core.policy import ACCUMULATION, ShiftPolicy
+from ada_loss.core.rules import FIXED
 
 
 class ChainerPolicy(ShiftPolicy):
@@ -24,10 +27,11 @@ class ChainerPolicy(ShiftPolicy):
     def __init__(
         self,
         config: AdaLossConfig,
-        layers: dict[str, AdaLossConfig] | None = None,
+        parts: Parts | None = None,
         number_format: FloatFormat = FLOAT16,
     ) -> None:
-        super().__init__(config, layers, number_format)
+        self.parts = parts or Parts()
+        super().__init__(config, self.parts, number_format)
         self.fan_outs: tuple[FanOut, ...] | None = None
         self._weights = WeightStatistics()
 
@@ -58,6 +62,16 @@ class ChainerPolicy(ShiftPolicy):
         repeated = factor is not None and factor.is_parameter and self._calls[site.path] > 1
         summarize_weight = self._weights.summarize if repeated else summarize
         return self.choose(site, exponent, lambda config: measure(config, gy, factor, summarize_weight), own)
+
+    def fixed_exponent(self, point: Point) -> int | None:
+        """What gradients carry at a decision point with a fixed scale, where parts of the model have fixed
+        scales of their own; None at any other."""
+        if not self.parts.have_scales or self.settings(point.site, point.config).rule != FIXED:
+            return None
+        part = self.parts.part(point.site.path)
+        if part is None and point.config is None:
+            return self.entry.exponent
+        return part.config.init_exponent - self.entry.backoff if part and part.has_scale else None
 
     def meeting(self) -> Meeting:
         """What is known of gradients that meet in a backward pass, as all do in the same order in every

@@ -14,13 +14,14 @@ from chainer import serializer as chainer_serializer
 from ada_loss.chainer import backward_state, engine, ownership
 from ada_loss.chainer.made_classes import become, made_class, picklable, plain_class
 from ada_loss.chainer.parameters import ScaledParameter
+from ada_loss.chainer.parts import Filter, Layers, parts_of
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.running_statistics import Watched
 from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.settings import config_of, dtype_of_results, require_link
 from ada_loss.chainer.snapshot import load_optional
-from ada_loss.chainer.tagging import active_recorder
-from ada_loss.chainer.transforms import Filter, transform
+from ada_loss.chainer.tagging import active_recorder, named_links
+from ada_loss.chainer.transforms import transform
 
 NAME = "ada_loss"
 """The one name that a scaled model has besides its own: of its attribute, and of its state in saved files."""
@@ -46,7 +47,11 @@ class AdaLossScaled(Watched, chainer.Link):
     Args:
         link: any link. Its layers become scaled variants, in place.
         loss_scale_method: the rule, see `AdaLossConfig`, which also describes the other `settings`.
-        filter: a function (path, link) -> bool that says which layers to scale; all of them by default.
+        filter: which layers to scale, all of them by default. A function (path, link) -> bool, which refuses
+            whatever is below a link with the link; or one or several patterns of paths, such as "/body/*", or
+            "!/head" for all but that link and what is below it.
+        layers: settings of parts, by pattern, as in {"/head": {"loss_scale_method": "fixed"}}. With an
+            `init_scale` of its own a fixed scale holds in that part, whatever gradients arrive with.
         output_dtype: float16 results are cast to it, None leaves them float16. The loss is then computed in
             float32, and the gradients that enter are scaled before they are rounded.
         settings: any field of `AdaLossConfig`.
@@ -81,15 +86,17 @@ class AdaLossScaled(Watched, chainer.Link):
         loss_scale_method: str = "auto",
         *,
         filter: Filter | None = None,
+        layers: Layers | None = None,
         output_dtype: Any = "float32",
         **settings: Any,
     ) -> Any:
         config, dtype = config_of(loss_scale_method, settings), dtype_of_results(output_dtype)
         _check(link)
+        parts = parts_of(named_links(link), filter, layers, config)
+        report = transform(link, parts)
         engine.install()
-        report, refused = transform(link, filter)
         become(link, _scaled_class(cls, type(link)))
-        vars(link)[NAME] = Scaling(ChainerPolicy(config, refused), report, dtype)
+        vars(link)[NAME] = Scaling(ChainerPolicy(config, parts), report, dtype)
         ownership.register(link)
         ownership.claim()
         return link

@@ -55,7 +55,7 @@ class Scaling:
 
     def copied(self, *, fresh: bool) -> Scaling:
         """The same settings for a copy of the model; with the same scales, or fresh ones."""
-        policy = ChainerPolicy(self.config, self.policy.layers)
+        policy = ChainerPolicy(self.config, self.policy.parts)
         if not fresh:
             policy.load_json(self.policy.to_json())
         return Scaling(policy, self.report, self.output_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import dataclass
 
 import chainer
@@ -10,13 +10,6 @@ import chainer
 from ada_loss.chainer.links import LAYERS, as_variant
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.tagging import named_links
-from ada_loss.core.config import AdaLossConfig
-from ada_loss.core.rules import FIXED
-
-Filter = Callable[[str, chainer.Link], bool]
-"""Says of a link, given its path ("/extractor/conv1_1") and the link, whether to scale it."""
-
-UNSCALED = AdaLossConfig(loss_scale_method=FIXED.name)
 
 
 @dataclass(frozen=True)
@@ -36,22 +29,18 @@ class Report:
         return "\n".join(lines)
 
 
-def transform(link: chainer.Link, accept: Filter | None = None) -> tuple[Report, dict[str, AdaLossConfig]]:
-    """Turn every layer from `link` downwards that `accept` takes into its variant, in place.
+def transform(link: chainer.Link, refused: Container[str] = ()) -> Report:
+    """Turn every layer from `link` downwards into its variant, in place, but for those whose path is refused.
 
-    Layers keep their identity, parameters, hooks and names. `accept` is asked about every link with
-    parameters of its own; products and casts in a link that it refuses are not scaled. Returns the report and
-    those links' settings.
+    Layers keep their identity, parameters, hooks and names.
     """
     converted: dict[str, str] = {}
     left: dict[str, str] = {}
-    refused: dict[str, AdaLossConfig] = {}
     for path, layer in named_links(link).items():
         if not layer._params:
             continue
-        if accept is not None and not accept(path, layer):
+        if path in refused:
             left[path] = "refused by the filter"
-            refused[path] = UNSCALED
         elif isinstance(layer, LAYERS):
             converted[path] = type(as_variant(layer)).__name__
         else:
@@ -60,4 +49,4 @@ def transform(link: chainer.Link, accept: Filter | None = None) -> tuple[Report,
             )
     for parameter in link.params():
         adopt(parameter)
-    return Report(converted, left), refused
+    return Report(converted, left)

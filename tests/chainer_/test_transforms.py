@@ -12,6 +12,7 @@ from chainercv.links import PickableSequentialChain
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.links import ScaledLayer
 from ada_loss.chainer.transforms import transform
+from ada_loss.core.decision import Site
 from helpers import dtype
 from twins import assert_exact, weighted_sum
 
@@ -84,7 +85,7 @@ CONTAINERS = {
 def test_every_layer_of_a_container_becomes_a_variant(name):
     link = CONTAINERS[name][0]()
     layers = [child for child in link.links() if isinstance(child, L.Linear)]
-    report, _ = transform(link)
+    report = transform(link)
     assert all(isinstance(layer, ScaledLayer) for layer in layers)
     assert len(report.converted) == len({id(layer) for layer in layers})
     expected = CONTAINERS[name][1]
@@ -116,9 +117,9 @@ def test_files_of_a_plain_container_load_into_the_transformed_one_and_back(name,
 
 def test_a_transform_again_changes_nothing(rng):
     link = Listed()
-    first, _ = transform(link)
+    first = transform(link)
     classes = [type(child) for child in link.links()]
-    assert transform(link)[0] == first
+    assert transform(link) == first
     assert [type(child) for child in link.links()] == classes
 
 
@@ -178,17 +179,22 @@ def test_dtypes_stay(precision):
 
 
 class TestFilter:
-    def test_it_is_asked_about_every_link_with_parameters_of_its_own(self):
+    def asked(self, link, answer):
+        """The paths that a filter is asked about, but for the model itself, by which its kind is told."""
         asked = []
+        AdaLossScaled(link, filter=lambda path, child: bool(asked.append(path)) or answer(path))
+        return [path for path in asked if path != "/"]
+
+    def test_it_is_asked_about_every_link_but_those_below_one_that_it_refuses(self):
         link = chainer.Chain(own=Own(), norm=L.BatchNormalization(3), inner=Listed())
-        transform(link, lambda path, child: bool(asked.append((path, type(child).__name__))) or True)
-        assert asked == [
-            ("/inner/0", "Linear"),
-            ("/inner/1/0", "Linear"),
-            ("/norm", "BatchNormalization"),
-            ("/own", "Own"),
-            ("/own/layer", "Linear"),
-        ]
+        paths = ["/inner", "/inner/0", "/inner/1", "/inner/1/0", "/norm", "/own", "/own/layer"]
+        assert self.asked(copy.deepcopy(link), lambda path: True) == paths
+        assert self.asked(link, lambda path: path not in ("/inner", "/own")) == ["/inner", "/norm", "/own"]
+
+    def test_that_refuses_the_model_itself_is_asked_about_layers_only(self):
+        link = chainer.Chain(own=Own(), norm=L.BatchNormalization(3), inner=Listed())
+        paths = ["/inner/0", "/inner/1/0", "/norm", "/own", "/own/layer"]
+        assert self.asked(link, lambda path: path == "/inner/0") == paths
 
     def test_what_it_refuses_is_not_scaled(self, rng):
         scaled = assert_exact(Picking(), [draw(rng)], filter=lambda path, link: "third" not in path)
@@ -222,3 +228,128 @@ def test_the_report_says_what_was_converted_and_what_was_left_and_why():
     lines = str(report).splitlines()
     assert lines[0] == "/conv: AdaLossConvolution2D"
     assert "/out: left, refused by the filter" in lines
+
+
+class Head(chainer.Chain):
+    """A layer, and one in a list."""
+
+    def __init__(self):
+        super().__init__(one=L.Linear(4, 4), inner=chainer.ChainList(L.Linear(4, 4)))
+
+    def forward(self, x):
+        return self.inner[0](F.relu(self.one(x)))
+
+
+class Deep(chainer.Chain):
+    """A body and a head of two layers each."""
+
+    def __init__(self):
+        super().__init__(body=chainer.Sequential(L.Linear(4, 4), F.relu, L.Linear(4, 4)), head=Head())
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(x)))
+
+
+HEAD = {"/head/one", "/head/inner/0"}
+
+
+class TestFiltersOfParts:
+    FILTERS = {
+        "a function of paths": lambda path, link: path != "/head",
+        "a function of links": lambda path, link: not isinstance(link, Head),
+        "what is left out": "!/head",
+        "what is left out, below": ["!/head/*"],
+        "what is scaled": ["/body"],
+        "what is scaled, by a glob": ("/b*/0", "/body/1"),
+        "both": ["/*", "!/head"],
+    }
+
+    @pytest.mark.parametrize("filter", FILTERS.values(), ids=FILTERS)
+    def test_refuse_all_that_is_below(self, filter, rng):
+        model = AdaLossScaled(Deep(), filter=filter, init_scale=2.0**-7)
+        assert set(model.ada_loss.report.left) == HEAD
+        assert set(model.ada_loss.report.converted) == {"/body/0", "/body/1"}
+        model.cleargrads()
+        weighted_sum(model(chainer.Variable(draw(rng)))).backward()
+        shifts = {decision.site.path: decision.shift for decision in model.ada_loss.decisions}
+        assert all(shifts[path] == 0 for path in HEAD) and shifts["/body/1"]
+
+    def test_by_class_are_asked_about_layers(self):
+        model = AdaLossScaled(Deep(), filter=lambda path, link: isinstance(link, L.Linear) and link.W.size)
+        assert not model.ada_loss.report.left
+
+    @pytest.mark.parametrize("filter", ["/haed", ["/body", "!/hed/*"]])
+    def test_that_match_nothing_say_so_and_what_is_meant(self, filter):
+        with pytest.warns(UserWarning, match="filter matched nothing.*'/head"):
+            AdaLossScaled(Deep(), filter=filter)
+
+    def test_that_leave_out_everything_say_so(self):
+        with pytest.warns(UserWarning, match="leaves out every layer"):
+            AdaLossScaled(Deep(), filter=lambda path, link: False)
+
+    def test_hold_for_layers_that_are_added_later(self, rng):
+        model = AdaLossScaled(Deep(), filter="!/head", init_scale=2.0**-7)
+        head = model.head
+        head.add_link("late", L.Linear(4, 4))
+        head.forward = lambda x: head.late(head.one(x))
+        weighted_sum(model(chainer.Variable(draw(rng)))).backward()
+        shifts = {decision.site.path: decision.shift for decision in model.ada_loss.decisions}
+        assert shifts["/head/late"] == 0
+
+    def test_travel_with_copies(self, rng):
+        model = copy.deepcopy(AdaLossScaled(Deep(), filter="!/head"))
+        assert "/head/one" in model.ada_loss.policy.parts and "/body/0" not in model.ada_loss.policy.parts
+
+
+class TestSettingsOfParts:
+    def exponents(self, rng, **settings):
+        with dtype("mixed16"):
+            model = AdaLossScaled(Deep(), **settings)
+        model.cleargrads()
+        weighted_sum(model(draw(rng).astype(np.float16))).backward()
+        return model, {d.site.path: (d.exponent, d.shift) for d in model.ada_loss.decisions}
+
+    @pytest.mark.parametrize("pattern", ["/head", "/head/*", "/hea?/*"])
+    def test_a_fixed_scale_holds_in_its_part_only(self, pattern, rng):
+        layers = {pattern: {"loss_scale_method": "fixed", "init_scale": 8}}
+        _, found = self.exponents(rng, layers=layers)
+        assert all(found[path] == (3, 0) for path in HEAD)
+        assert found["/body/1"][1] != 0
+
+    def test_the_rest_of_a_model_with_a_fixed_scale_keeps_its_own(self, rng):
+        layers = {"/head": {"init_scale": 8}}
+        _, found = self.exponents(
+            rng, loss_scale_method="fixed", init_scale=128, layers=layers, output_dtype=None
+        )
+        assert all(found[path] == (3, 0) for path in HEAD)
+        assert found["/body/1"] == (7, 0)
+
+    def test_without_a_scale_of_its_own_a_fixed_part_takes_what_arrives(self, rng):
+        _, found = self.exponents(rng, layers={"/head": {"loss_scale_method": "fixed"}})
+        assert all(shift == 0 for shift in (found[path][1] for path in HEAD))
+        assert found["/head/one"][0] == sum(found["(entry)"])
+
+    def test_gradients_are_right_whatever_the_parts(self, rng):
+        layers = {"/head": {"loss_scale_method": "fixed", "init_scale": 2.0**12}, "/body/0": {"n_uf": 0.1}}
+        assert_exact(Deep(), [draw(rng)], layers=layers, decisions=4)
+
+    def test_later_ones_and_settings_of_a_layer_itself_win(self):
+        model = AdaLossScaled(Deep(), layers={"/*": {"n_uf": 0.1}, "/head": {"n_uf": 0.2}})
+        policy = model.ada_loss.policy
+        found = {path: policy.settings(Site(path, 0)).n_uf for path in ("/body/0", "/head/one")}
+        assert found == {"/body/0": 0.1, "/head/one": 0.2}
+
+    def test_that_are_wrong_are_errors_before_anything_changes(self):
+        for settings, error in [
+            ({"n_uff": 0.1}, "did you mean n_uf"),
+            ({"n_uf": 3}, "n_uf must be"),
+            ({"init_scale": 8}, "'fixed'"),
+        ]:
+            model = Deep()
+            with pytest.raises((TypeError, ValueError), match=error):
+                AdaLossScaled(model, layers={"/head": settings})
+            assert type(model) is Deep
+
+    def test_of_no_link_say_so(self):
+        with pytest.warns(UserWarning, match="layers matched nothing.*'/head'"):
+            AdaLossScaled(Deep(), layers={"/heads": {"n_uf": 0.1}})
