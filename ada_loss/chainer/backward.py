@@ -40,7 +40,7 @@ from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, s
 from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.ownership import in_scopes, tag_graph
 from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
-from ada_loss.chainer.parameters import ScaledParameter, adopt
+from ada_loss.chainer.parameters import ScaledParameter, adopt, lacks_scale
 from ada_loss.chainer.products import backward_arrays, enters_float16, input_gradient, products_of
 from ada_loss.chainer.tagging import Tag, communicates, tag_of
 from ada_loss.chainer.user_functions import is_users, users_gradients
@@ -62,6 +62,7 @@ class BackwardPass:
         self._waiting: list[tuple[int, int, Any]] = []
         self._seen: set[Any] = set()
         self._leaves: dict[VariableNode, bool] = {}
+        self._through_scopes: set[VariableNode] = set()
 
     def run(
         self,
@@ -97,6 +98,7 @@ class BackwardPass:
                 continue
             if isinstance(variable, ScaledParameter):
                 variable.receive(gradient, backward_state.loss_scale(), scoped=scoped)
+                variable.unscaled |= leaf not in self._through_scopes and lacks_scale(gradient.array)
             elif isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
                 # Without a scope in this pass, what the gradient was added to was in flight.
                 adopt(variable).receive(gradient, backward_state.loss_scale(), scoped=scoped)
@@ -122,6 +124,8 @@ class BackwardPass:
             raise RuntimeError(f"NaN is detected on backward computation of {function.label}")
         if self._retain_grad:
             self._retain(outputs, arrays, exponent)
+        if tag is not None or not self._through_scopes.isdisjoint(outputs):
+            self._through_scopes.update(node for node, _ in found)
         for node, gx in found:
             _check_grad_type(function, node, True, gx.array)
             self._arrive(node, gx, tag)

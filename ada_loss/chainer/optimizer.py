@@ -12,6 +12,7 @@ import numpy as np
 
 from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state, origin, running_statistics
+from ada_loss.chainer.advice import tell_what_is_missing
 from ada_loss.chainer.origin import Skip
 from ada_loss.chainer.own_updates import require_step
 from ada_loss.chainer.ownership import claim, scaled_models
@@ -215,6 +216,8 @@ class StepOnMasters(chainer.GradientMethod):
             running_statistics.undo()
             self._loss_scaling_isnan = self._loss_scaling_isnan_ever = True
             self.update_loss_scale()
+        if self.announces:
+            tell_what_is_missing(self.target, scopes(self.target))
         own = {scope.policy for scope in scopes(self.target)}
         for policy in own:
             policy.end_step(finite=finite)

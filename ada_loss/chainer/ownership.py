@@ -124,6 +124,8 @@ def tag_graph(outputs: Outputs) -> None:
         if tag is None and _belongs(function, place):
             tag = function.ada_loss_tag = Tag(place.scope, _point(function, place))
             found.setdefault(place.scope.policy, []).append((function, place.path))
+        if tag is not None and not tag.scope.policy.has_met_float16:
+            tag.scope.policy.has_met_float16 = any(x.dtype == np.float16 for x in function.inputs)
         if tag is not None and tag.point is not None:
             places[function] = _Place(place.scope, tag.point.site.path)
     for policy, applied in found.items():

@@ -87,6 +87,9 @@ class ScaledParameter(chainer.Parameter):
     _fleeting = False
     """Whether the true gradient that an update asks for is given up after it."""
 
+    unscaled = False
+    """Whether float16 gradients have arrived, since they were cleared, that nothing has scaled."""
+
     home: Any = None
     """Where the parameter is, once that has been asked (`ownership.Home`)."""
 
@@ -259,6 +262,7 @@ class ScaledParameter(chainer.Parameter):
             super()._set_grad_var_without_check(gv)
             self._take_as_carrying(None if gv is None else gv.array)
         elif gv is not None:
+            self.unscaled |= lacks_scale(gv.array)
             self._add(InFlight(gv.array), backward_state.loss_scale())
 
     def _show(self) -> Any:
@@ -327,7 +331,7 @@ class ScaledParameter(chainer.Parameter):
 
     def _forget_scopes(self) -> None:
         self._note_change()
-        self._in_flight, self._scoped = None, False
+        self._in_flight, self._scoped, self.unscaled = None, False, False
 
     def __copy__(self) -> ScaledParameter:
         return self._copy_to(type(self)())
@@ -335,6 +339,11 @@ class ScaledParameter(chainer.Parameter):
     def __reduce__(self) -> tuple[Any, ...]:
         self._settle()
         return _recover, (super().__reduce__(), self.master, self._scoped)
+
+
+def lacks_scale(gradient: Any) -> bool:
+    """Whether an array that has come through no scope is float16, and its pass has no loss scale either."""
+    return bool(gradient.dtype == np.float16 and backward_state.loss_scale() == 1)
 
 
 _SCALED: dict[type, type] = {chainer.Parameter: ScaledParameter}

@@ -33,6 +33,7 @@ class ChainerPolicy(ShiftPolicy):
         self.parts = parts or Parts()
         super().__init__(config, self.parts, number_format)
         self.fan_outs: tuple[FanOut, ...] | None = None
+        self.has_met_float16 = False
         self._weights = WeightStatistics()
 
     def next_call(self, path: str) -> int:

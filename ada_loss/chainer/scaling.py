@@ -22,13 +22,15 @@ class Scaling:
     """The settings, shifts and report of a model that `AdaLossScaled` has scaled.
 
     policy: the shifts and the entry scale. report: what the transform converted and what it left, and why.
-    output_dtype: what float16 results of the model's call are cast to; None leaves them.
+    output_dtype: what float16 results of the model's call are cast to; None leaves them. told: what has been
+    said of the model, and is said once.
     """
 
     def __init__(self, policy: ChainerPolicy, report: Report, output_dtype: np.dtype[Any] | None) -> None:
         self.policy = policy
         self.report = report
         self.output_dtype = output_dtype
+        self.told: set[str] = set()
         self._paths = LinkPaths()
 
     @property
