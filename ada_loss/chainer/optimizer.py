@@ -13,10 +13,11 @@ import numpy as np
 from ada_loss.arrays.library import all_finite, cast
 from ada_loss.chainer import backward_state, origin, running_statistics
 from ada_loss.chainer.advice import tell_what_is_missing
+from ada_loss.chainer.masters import true_gradients_on_masters
 from ada_loss.chainer.origin import Skip
 from ada_loss.chainer.own_updates import require_step
 from ada_loss.chainer.ownership import claim, scaled_models
-from ada_loss.chainer.parameters import ScaledParameter, adopt, true_gradients_on_masters
+from ada_loss.chainer.parameters import ScaledParameter, adopt
 from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.core.entry_scale import EntryScale

@@ -9,8 +9,6 @@ hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import chainer
@@ -289,7 +287,7 @@ class ScaledParameter(chainer.Parameter):
         if array is not None and (factor, exponent) != _TRUE:
             self._hold(_Held(InFlight(array, exponent), factor))
             self._shown = array
-            self._scoped |= exponent != 0
+            self._scoped |= exponent != 0 and self.home is not None
 
     def _note_change(self) -> None:
         """Keep what the gradient is, if code is running whose changes may be undone."""
@@ -360,71 +358,6 @@ def adopt(parameter: chainer.Parameter) -> ScaledParameter:
         if scale is not None and (array := parameter._settled()) is not None:
             parameter._set_grad_without_check(_Held(InFlight(array), scale).true())
     return parameter
-
-
-@contextmanager
-def true_gradients_on_masters(
-    parameters: Iterable[ScaledParameter], keep: Collection[int] = ()
-) -> Iterator[None]:
-    """Within it every parameter is its float32 master with its true gradient, as Chainer's own parameters
-    are.
-
-    Optimizers and hooks need not know of float16: what they see is float32 training. At the end the float16
-    arrays receive the rounded masters, in place, and the gradients are as before.
-
-    A true gradient is made when somebody asks for it, and is there until the end. Where it is only the
-    parameter's update that asks, it is given up after it, so that just one exists at a time.
-
-    parameters: each once; uninitialized ones stay as they are. keep: ids of those whose gradient somebody may
-    look at after their update.
-    """
-    # Every parameter that has been exposed is concealed, even if memory is too short for rounding another.
-    with ExitStack() as exposed:
-        for parameter in parameters:
-            if parameter.array is not None:
-                with chainer.using_device(parameter.device):
-                    before = _expose(parameter, fleeting=id(parameter) not in keep)
-                exposed.callback(_conceal, parameter, *before)
-        yield
-
-
-def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, _Held | None, Any]:
-    before = (parameter.array, parameter._in_flight, parameter._settled())
-    half = parameter.array.dtype == np.float16
-    if half:
-        # Before anything else, since memory may be too short for it.
-        parameter.master = _reconciled(parameter.master, parameter.array)
-    parameter._hold(parameter._present())
-    parameter._plain, parameter._fleeting = True, fleeting
-    if half:
-        parameter.array = parameter.master
-    return before
-
-
-def _conceal(parameter: ScaledParameter, half: Any, in_flight: _Held | None, settled: Any) -> None:
-    try:
-        if half.dtype == np.float16:
-            with chainer.using_device(parameter.device):
-                parameter.master = cast(parameter.array, np.float32)
-                half[...] = cast(parameter.master, np.float16)
-    finally:
-        if half.dtype == np.float16:
-            parameter.array = half
-        parameter._set_grad_without_check(settled)
-        parameter._in_flight, parameter._plain, parameter._fleeting = in_flight, False, False
-
-
-def _reconciled(master: Any, half: Any) -> Any:
-    """The master, except where the parameter was changed behind it (a file loaded, weights copied or
-    clipped)."""
-    if master is None or master.shape != half.shape:
-        return cast(half, np.float32)
-    # Bits compare faster than float16, and what nobody touched has those of the rounded master.
-    changed = cast(master, np.float16).view(np.int16) != half.view(np.int16)
-    xp = chainer.backend.get_array_module(half)
-    if xp is np and not changed.any():
-        return master
-    return xp.where(changed, cast(half, np.float32), master)
 
 
 def _carried() -> tuple[float, int]:

@@ -12,9 +12,10 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
-from ada_loss.chainer import AdaLossScaled, parameters
+from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer import masters as on_masters
 from ada_loss.chainer.gradient import InFlight
-from ada_loss.chainer.parameters import true_gradients_on_masters
+from ada_loss.chainer.masters import true_gradients_on_masters
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, twice, values
 
@@ -94,14 +95,14 @@ class TestTrueGradientsOnMasters:
         held = [a_parameter() for _ in range(4)]
         for parameter in held:
             parameter.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
-        arrays, reconciled = [parameter.array for parameter in held], parameters._reconciled
+        arrays, reconciled = [parameter.array for parameter in held], on_masters._reconciled
 
         def short_of_memory(master, half):
             if half is arrays[2]:
                 raise MemoryError
             return reconciled(master, half)
 
-        monkeypatch.setattr(parameters, "_reconciled", short_of_memory)
+        monkeypatch.setattr(on_masters, "_reconciled", short_of_memory)
         with pytest.raises(MemoryError), true_gradients_on_masters(held):
             pass
         for parameter, array in zip(held, arrays, strict=True):
@@ -117,7 +118,7 @@ class TestTrueGradientsOnMasters:
         held = [a_parameter() for _ in range(3)]
         for parameter in held:
             parameter.receive(InFlight(np.float16([1, 2, 3]), 0), 1.0)
-        arrays, cast = [parameter.array for parameter in held], parameters.cast
+        arrays, cast = [parameter.array for parameter in held], on_masters.cast
 
         def short_of_memory(array, dtype):
             if array is held[short].master and dtype == np.float16:
@@ -127,7 +128,7 @@ class TestTrueGradientsOnMasters:
         with pytest.raises(MemoryError), true_gradients_on_masters(held):
             for parameter in held:
                 parameter.array += 1
-            monkeypatch.setattr(parameters, "cast", short_of_memory)
+            monkeypatch.setattr(on_masters, "cast", short_of_memory)
         for index, (parameter, array) in enumerate(zip(held, arrays, strict=True)):
             assert parameter.array is array and array.tolist() == [2 - (index == short)] * 3
             assert parameter.true_gradient().tolist() == [1, 2, 3]

@@ -191,6 +191,26 @@ class TestGradientsWrittenInABackward:
 
         exact(rng, combine, run, mixed16=1)
 
+    @pytest.mark.parametrize("write", WRITES)
+    def test_of_parameters_outside_every_scaled_model_are_true_too(self, write, rng):
+        with dtype("mixed16"):
+            scaled, head = AdaLossScaled(Graph(lambda m, x: m.a(x)), output_dtype=None), L.Linear(4, 4)
+        wide, wide_head = Graph(lambda m, x: m.a(x)), L.Linear(4, 4)
+        wide.copyparams(scaled)
+        wide_head.copyparams(head)
+        x = draw(rng).astype("e")
+        for model, last, data in ((scaled, head, x), (wide, wide_head, x.astype("f"))):
+            model.cleargrads()
+            last.cleargrads()
+            for _ in range(2):
+                y = ByHand(last.W, write).apply((F.tanh(model(data)),))[0]
+                (weighted_sum(y) * np.float32(SMALL)).backward()
+        assert signal_to_noise(head.W.grad, wide_head.W.grad) > 40
+        assert signal_to_noise(scaled.a.W.grad, wide.a.W.grad) > 40
+        chainer.optimizers.SGD(0.1 / SMALL).setup(head).update()
+        chainer.optimizers.SGD(0.1 / SMALL).setup(wide_head).update()
+        np.testing.assert_allclose(head.W.array, wide_head.W.array, atol=5e-3)
+
     def test_of_a_reversible_block(self, rng):
         class Reversible(chainer.FunctionNode):
             def __init__(self, f, g):
