@@ -12,7 +12,8 @@ differs, for functions in a scope only:
 - `F.forget` is recomputed here, since its own backward would lose the exponent;
 - ChainerMN's batch normalization averages over ranks in its backward, so these agree on an exponent before.
 
-Backward of any other function is linear in its output gradients, so its exponent simply rides along.
+Backward of any other function of Chainer's is linear in its output gradients, so its exponent simply rides
+along. Functions of the user's own and hooks see true gradients (`user_functions.py`, `hooks.py`).
 
 `install` puts the engine in place of Chainer's, as the first scaled model does. Graphs without a scope,
 and gradients that are to be differentiated again, are still left to Chainer's.

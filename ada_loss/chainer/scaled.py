@@ -67,9 +67,9 @@ class AdaLossScaled(Watched, chainer.Link):
 
     Inside another scaled model it is just a link.
 
-    In float32 gradients equal those of the plain link bit for bit. That takes functions whose backward is
-    linear in the gradient, as every one of Chainer's is; a function of your own that clips or normalizes the
-    gradient sees it scaled, and belongs outside.
+    In float32 gradients equal those of the plain link bit for bit. A function of your own is handed the true
+    gradient there. In float16 it has to be linear in its gradient, as every one of Chainer's is, or the true
+    gradient has to be one that float16 holds; otherwise a RuntimeError names it.
 
     The parameters' gradients stay scaled until an optimizer that `ada_loss.chainer.prepare` has prepared asks
     for them.
