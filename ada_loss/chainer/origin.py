@@ -19,6 +19,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import chainer
+from chainer.functions.activation.relu import ReLU
+from chainer.functions.array.concat import Concat
+from chainer.functions.array.expand_dims import ExpandDims
+from chainer.functions.array.reshape import Reshape
+from chainer.functions.array.rollaxis import Rollaxis
+from chainer.functions.array.split_axis import SplitAxis
+from chainer.functions.array.squeeze import Squeeze
+from chainer.functions.array.transpose import Transpose
 
 from ada_loss.arrays.library import all_finite, amax_of, library_of
 from ada_loss.chainer import backward_state
@@ -26,6 +34,9 @@ from ada_loss.chainer.forward_values import What, first_not_finite, is_finite, r
 from ada_loss.chainer.gradient import InFlight
 from ada_loss.chainer.scope import ENTRY
 from ada_loss.chainer.tagging import tag_of
+
+_COPYING = frozenset({Concat, ExpandDims, ReLU, Reshape, Rollaxis, SplitAxis, Squeeze, Transpose})
+"""Functions whose gradients have no elements but those of their output gradients, and zeros."""
 
 _RECENT_LOSSES = 16
 """How many backward passes of a step are remembered, for a GPU."""
@@ -194,18 +205,21 @@ def look(function: Any, gys: Iterable[Any], found: Iterable[tuple[Any, InFlight]
         # What runs inside a function of the user's own may run several times, and not every time counts.
         return
     _seen.number += 1
+    known = {id(gy) for gy in gys}
     for node, gradient in found:
         leaf = node.get_variable_or_none() if node.creator_node is None else None
         if isinstance(leaf, chainer.Parameter):
             # The end of the step will tell whether this one is finite.
-            known = _seen.leaves.get(id(leaf))
-            if known is None or known.number != backward_state.number():
+            before = _seen.leaves.get(id(leaf))
+            if before is None or before.number != backward_state.number():
                 where = "at {place}" if library_of(gradient.array).on_host else "at {place} or before it"
                 origin = _of_the_backward_pass(where, function)
                 reference = weakref.ref(leaf, partial(_forget, id(leaf)))
                 _seen.leaves[id(leaf)] = _Leaf(
                     backward_state.number(), reference, origin, weakref.ref(function)
                 )
+        elif type(function) in _COPYING or id(gradient.array) in known:
+            continue
         elif library_of(gradient.array).on_host and not math.isfinite(amax_of(gradient.array)):
             _seen.origin = _diagnosis(function, [gy for gy in gys if gy is not None])
             return
