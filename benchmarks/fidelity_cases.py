@@ -343,9 +343,11 @@ def _ssd_loss(locs: chainer.Variable, confs: chainer.Variable, *targets: np.ndar
 
 
 def use_ssd_example() -> None:
-    """Make the modules of the SSD example importable."""
+    """Make the modules of the SSD example importable, in front of installed ones of the same names."""
     examples = Path(__file__).resolve().parents[1] / "examples"
-    sys.path += [str(examples / "ssd"), str(examples / "common")]
+    for folder in ("common", "ssd"):
+        if str(examples / folder) not in sys.path:
+            sys.path.insert(1, str(examples / folder))
 
 
 CASES = {

@@ -8,10 +8,15 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from fidelity_cases import use_ssd_example
 from machine import Machine, this_machine
 from readme_tables import README, write_section
 
 from ada_loss.chainer import kernels
+
+use_ssd_example()
+
+from threads import use_half_of_the_cores  # noqa: E402
 
 SLOW = ("ssd300",)
 """Models that `--quick` leaves out unless they are named."""
@@ -86,6 +91,7 @@ def chosen(options: argparse.Namespace, models: Iterable[str]) -> list[str]:
 
 def start(benchmark: str, options: argparse.Namespace) -> Report:
     """Choose the kernels, look at the machine and begin the report."""
+    use_half_of_the_cores()
     try:
         kernels.use(options.kernels)
     except ImportError as error:

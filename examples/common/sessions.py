@@ -22,6 +22,7 @@ from checkpoints import FOLDER, Checkpoints, RandomState, resume
 from errors import InputError
 from files import locked, write_json
 from ranks import Alone, choose_communicator, gpu_is_there, start_ranks
+from threads import use_half_of_the_cores
 
 LOG_FILE, RESULT_FILE, LOCK_FILE, WEIGHTS_FILE = "log.json", "result.json", ".lock", "model.npz"
 
@@ -72,6 +73,7 @@ def started(options: Any, dtype: Any) -> Iterator[Machine]:
 
     Raises InputError if this machine can't do what the options say, or an earlier run would be overwritten.
     """
+    use_half_of_the_cores()
     ranks = start_ranks()
     with ranks.ending_together():
         on_gpu, communicator = ranks.together(lambda: _look_at_machine(options))

@@ -24,6 +24,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 from command_options import DTYPES, OneSentenceParser, count
 from digit_images import load_sources
 from errors import ends_cleanly
+from threads import use_half_of_the_cores
 
 BATCH_SIZE, SEED = 32, 0
 ACCURACY = "validation/main/accuracy"
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epoch", type=count, default=10, help="how many epochs")
     parser.add_argument("--out", default="result", help="folder for the log")
     options = parser.parse_args(argv)
+    use_half_of_the_cores()
 
     # From here on layers are made, and images cast, in this precision.
     chainer.global_config.dtype = DTYPES[options.dtype]

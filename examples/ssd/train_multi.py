@@ -20,12 +20,14 @@ from options import training_parser
 from output import reserved
 from ranks import Alone, choose_communicator, choose_device, start_ranks
 from reporting import find_summary_writer
+from threads import use_half_of_the_cores
 from training import assemble, summary
 
 
 @ends_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(argv)
+    use_half_of_the_cores()
     ranks = start_ranks()
     with ranks.ending_together():
         device, communicator = ranks.together(lambda: _look_at_machine(settings, ranks))
