@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch import operators
 from ada_loss.torch.operators.results import one
-from ada_loss.torch.scaled_tensor import ScaledTensor, is_wrapper
+from ada_loss.torch.scaled_tensor import ScaledTensor, holds_others
 from ada_loss.torch.shifts import Shifts, shifts_for
 
 
@@ -38,10 +38,11 @@ class BackwardMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(is_wrapper(kind) for kind in types):
-            return NotImplemented
-        if ScaledTensor in types:
-            return operators.apply(func, args, kwargs)
+        if types:
+            if holds_others(types):
+                return NotImplemented
+            if ScaledTensor in types:
+                return operators.apply(func, args, kwargs)
         # With gradients enabled this is a forward pass, as checkpointing computes it again within backward;
         # unless backward itself is recorded, to be differentiated again.
         if torch.is_grad_enabled() and not self._recorded:
@@ -159,8 +160,7 @@ def backward(config: AdaLossConfig | None = None, *, shifts: Shifts | None = Non
         ValueError: `config` asks for what PyTorch's front end does not have.
     """
     if shifts is None:
-        config = config or AdaLossConfig()
-        shifts = shifts_for(config, torch.tensor(config.init_scale))
+        shifts = shifts_for(config or AdaLossConfig())
     mode = BackwardMode(shifts)
     with mode, _Differentiation(mode):
         yield mode

@@ -8,12 +8,13 @@ the range of its own format.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 
 from ada_loss.core.formats import FLOAT16
-from ada_loss.torch.shifts import Shifts, factor_to, finite_peak, times
+from ada_loss.torch.shifts import Shifts, factor_to, finite_peak, over, times
 
 
 class Family:
@@ -69,15 +70,17 @@ class ScaledTensor(torch.Tensor):
 
     def view_of_data(self, data: torch.Tensor) -> ScaledTensor:
         """A view of this tensor, where `data` is the same view of its data."""
-        return ScaledTensor(data, self.scale, self.shifts, family=self.family)
+        family = self.family
+        return ScaledTensor(data, family.scale, family.shifts, family=family)
 
     def with_data(self, data: torch.Tensor) -> ScaledTensor:
         """Other data at the same scale."""
-        return ScaledTensor(data, self.scale, self.shifts)
+        return ScaledTensor(data, self.family.scale, self.family.shifts)
 
     def to_true(self) -> torch.Tensor:
         """The value as a plain tensor, in float32 where the data are float16."""
-        return times(self.scaled_data.to(torch.promote_types(self.dtype, torch.float32)), 1 / self.scale)
+        data = self.scaled_data
+        return over(data.to(torch.promote_types(data.dtype, torch.float32)), self.family.scale)
 
     def assign(self, value: ScaledTensor) -> None:
         """Write a value in place. Where the tensor shares its data with others, theirs are rescaled with
@@ -114,7 +117,7 @@ class ScaledTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(is_wrapper(kind) for kind in types):
+        if holds_others(types):
             return NotImplemented
         return cls.apply_operator(func, args, kwargs or {})
 
@@ -123,10 +126,11 @@ class ScaledTensor(torch.Tensor):
     class."""
 
 
-def is_wrapper(kind: type) -> bool:
-    """Whether tensors of a type hold others, as nested and distributed ones do: those take operators apart
-    first, and the rules apply to what they hold."""
-    return kind is not ScaledTensor and hasattr(kind, "__tensor_flatten__")
+@cache
+def holds_others(types: tuple[type, ...]) -> bool:
+    """Whether tensors of one of these types hold others, as nested and distributed ones do: those take
+    operators apart first, and the rules apply to what they hold."""
+    return any(kind is not ScaledTensor and hasattr(kind, "__tensor_flatten__") for kind in types)
 
 
 _NEEDS_MEMORY = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__deepcopy__}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, reduce
 from statistics import NormalDist
 
@@ -42,6 +42,11 @@ def times(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     return x * (power if x.dim() else power.to(x.dtype))
 
 
+def over(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """x divided by a power of two, in x's dtype."""
+    return x / (power if x.dim() else power.to(x.dtype))
+
+
 def peak(x: torch.Tensor) -> torch.Tensor:
     """The largest magnitude in x, 0-dim, of float32: NaN where x holds one, 0 where x is empty."""
     if not x.numel():
@@ -68,13 +73,16 @@ class Shifts:
     `fixed`: as far as the entry scale, and no further.
 
     config: the settings.
-    entry: the scale with which gradients enter, 0-dim, of float32, on any device; overflow lowers it.
+    entry: the scale with which gradients enter, 0-dim, of float32, on any device; overflow lowers it. Without
+        it `config.init_scale`.
     dtypes: what is scaled.
     """
 
     config: AdaLossConfig
-    entry: torch.Tensor
+    entry: torch.Tensor | None = None
     dtypes: frozenset[torch.dtype] = frozenset([torch.float16])
+    _entry: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _backoff: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def entering(self, gradient: torch.Tensor) -> torch.Tensor:
         """The scale of a true gradient that is about to be rounded."""
@@ -109,11 +117,25 @@ class Shifts:
         return torch.minimum(highest / scale, factor_to(FLOAT16.max, finite_peak(total)))
 
     def _entry_on(self, device: torch.device) -> torch.Tensor:
-        return self.entry.to(device, torch.float64, non_blocking=True)
+        """The entry scale on a device, of float64."""
+        if device not in self._entry:
+            scale = self.config.init_scale if self.entry is None else self.entry
+            self._entry[device] = _on(device, scale).double()
+        return self._entry[device]
 
-    def _backoff_on(self, device: torch.device) -> torch.Tensor:
+    def _backoff_on(self, device: torch.device) -> torch.Tensor | float:
         """What overflow has lowered the entry scale by, a power of two at most 1."""
-        return (self.entry.to(device, non_blocking=True) / self.config.init_scale).clamp(max=1.0)
+        if self.entry is None:
+            return 1.0
+        if device not in self._backoff:
+            self._backoff[device] = (_on(device, self.entry) / self.config.init_scale).clamp(max=1.0)
+        return self._backoff[device]
+
+
+def _on(device: torch.device, scale: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        return scale.to(device, non_blocking=True)
+    return torch.full((), scale, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +161,8 @@ class AutoShifts(Shifts):
         return self._towards(AUTO_HEADROOM, finite_peak(total) if meeting else peak(total))
 
     def _towards(self, headroom: int, magnitude: torch.Tensor) -> torch.Tensor:
-        return factor_to(FLOAT16.max * 2.0**-headroom, magnitude) * self._backoff_on(magnitude.device)
+        factor = factor_to(FLOAT16.max * 2.0**-headroom, magnitude)
+        return factor if self.entry is None else factor * self._backoff_on(magnitude.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +218,7 @@ class RangeShifts(Shifts):
         return torch.where((high > 0) & torch.isfinite(high), factor, torch.ones_like(factor))
 
 
-def shifts_for(config: AdaLossConfig, entry: torch.Tensor) -> Shifts:
+def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shifts:
     """The rule that the settings name.
 
     Raises:

@@ -31,6 +31,4 @@ class ForcedShifts(Shifts):
 
 
 def forced_shifts(seed):
-    return ForcedShifts(
-        AdaLossConfig(), torch.tensor(1.0), frozenset([torch.float32]), random=random.Random(seed)
-    )
+    return ForcedShifts(AdaLossConfig(), None, frozenset([torch.float32]), random=random.Random(seed))

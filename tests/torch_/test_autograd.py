@@ -13,6 +13,7 @@ from ada_loss.torch import GradScaler
 from torch_.asserts import (
     assert_close,
     assert_plain_float32,
+    assert_same_bits,
     float32_gradients,
     gradients_of,
     signal_to_noise,
@@ -240,31 +241,24 @@ def test_a_gan_with_one_scaler():
         assert signal_to_noise(generator.bias.grad, expected) > 35
 
 
-def test_threads_do_not_disturb_each_other():
-    results = {}
+def test_threads_do_not_disturb_each_other(net):
+    net, x, target = net
 
-    def work(name, scaled):
-        torch.manual_seed(0)
-        net, x, target = make("transformer")
+    def work(net, scaled):
         for _ in range(3):
             loss = loss_of(net, x, target, SMALL if scaled else 0)
-            if scaled:
-                GradScaler("cpu").scale(loss).backward()
-            else:
-                loss.backward()
-        results[name] = gradients_of(net)
+            (GradScaler("cpu").scale(loss) if scaled else loss).backward()
 
-    threads = [threading.Thread(target=work, args=(i, i % 2 == 0)) for i in range(4)]
+    nets = [copy.deepcopy(net) for _ in range(6)]
+    threads = [threading.Thread(target=work, args=(nets[i], i % 2 == 0)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 4
-    work("alone", True)
-    work("plain", False)
+    for alone in (4, 5):
+        work(nets[alone], alone % 2 == 0)
     for i in range(4):
-        expected = results["alone" if i % 2 == 0 else "plain"]
-        assert all(torch.equal(results[i][name], expected[name]) for name in expected)
+        assert_same_bits(gradients_of(nets[i]), gradients_of(nets[4 + i % 2]))
 
 
 def test_a_whole_step_within_the_context(net):

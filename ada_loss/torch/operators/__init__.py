@@ -12,7 +12,7 @@ from ada_loss.torch.operators import exits as exits  # these register their rule
 from ada_loss.torch.operators import joins as joins
 from ada_loss.torch.operators import linear as linear
 from ada_loss.torch.operators import products as products
-from ada_loss.torch.operators.registry import KINDS, RULES
+from ada_loss.torch.operators.registry import KINDS, RULES, Rule
 from ada_loss.torch.scaled_tensor import ScaledTensor
 
 __all__ = ["KINDS", "RULES", "apply", "begins_scaled", "fallback", "kind_of"]
@@ -22,28 +22,35 @@ begins_scaled = entries.begins_scaled
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator returns for arguments some of which are scaled."""
-    if func in leaf_gradients.STORING and leaf_gradients.is_being_stored():
-        return leaf_gradients.stored(func, args, kwargs)
-    rule = RULES.get(func.overloadpacket)
-    if rule is not None:
+    for rule in _rules_of(func):
         result = rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
+    raise AssertionError(f"No rule took {func}.")  # the last one takes everything
+
+
+@cache
+def _rules_of(func: Any) -> tuple[Rule, ...]:
+    """The rules that an operator may follow; each takes the calls that those before it do not."""
+    rules: list[Rule] = []
+    if func in leaf_gradients.STORING:
+        rules.append(leaf_gradients.store)
+    if func.overloadpacket in RULES:
+        rules.append(RULES[func.overloadpacket])
     if _has_parts(func):
-        return func.decompose(*args, **kwargs)
+        rules.append(_in_parts)
     if views.is_view(func):
-        result = views.view(func, args, kwargs)
-        if result is not NotImplemented:
-            return result
+        rules.append(views.view)
     if views.changes_shape(func):
-        return views.change_shape(func, args, kwargs)
-    if not _changes_arguments(func):
-        return fallback.from_true_values(func, args, kwargs)
-    functional = in_place.out_of_place(func)
-    if functional is None:
-        return fallback.changes_arguments(func, args, kwargs)
-    fallback.write(args[0], functional(*args, **kwargs))
-    return args[0]
+        rules.append(views.change_shape)
+    if in_place.out_of_place(func):
+        rules.append(in_place.write_result)
+    rules.append(fallback.changes_arguments if _changes_arguments(func) else fallback.from_true_values)
+    return tuple(rules)
+
+
+def _in_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func.decompose(*args, **kwargs)
 
 
 def kind_of(func: Any) -> str:
@@ -57,13 +64,11 @@ def kind_of(func: Any) -> str:
     return "in place" if _changes_arguments(func) else "sees true values"
 
 
-@cache
 def _has_parts(func: Any) -> bool:
     """Whether an operator is made of others, which have rules."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
-@cache
 def _changes_arguments(func: Any) -> bool:
     return bool(func._schema.is_mutable)
 

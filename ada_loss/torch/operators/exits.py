@@ -15,11 +15,11 @@ from ada_loss.torch.scaled_tensor import ScaledTensor
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """To a dtype that is not scaled, the true value; otherwise the data, or wherever they are copied to."""
     gradient, dtype = args[0], cast_to(args, kwargs)
-    if dtype is None or dtype == gradient.dtype:
+    if dtype is None or dtype == gradient.scaled_data.dtype:
         data = func(gradient.scaled_data, *args[1:], **kwargs)
         return ScaledTensor(data, gradient.scale.to(data.device, non_blocking=True), gradient.shifts)
     if dtype in gradient.shifts.dtypes:
-        wide = gradient.scaled_data.to(torch.promote_types(gradient.dtype, torch.float32))
+        wide = gradient.scaled_data.to(torch.promote_types(gradient.scaled_data.dtype, torch.float32))
         return rounded(wide, dtype, gradient.scale, gradient.shifts, gradient.shifts.of_sum)
     return func(gradient.to_true(), *args[1:], **kwargs)
 

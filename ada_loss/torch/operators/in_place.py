@@ -3,7 +3,6 @@ returns is written to it."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +13,17 @@ from ada_loss.torch.operators.registry import register
 from ada_loss.torch.scaled_tensor import ScaledTensor
 
 
-@cache
 def out_of_place(func: Any) -> Any:
     """The operator that computes what this one writes to its first argument; None if there is none."""
     name = func._schema.name.split("::")[1]
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
     return getattr(packet, func._overloadname, None)
+
+
+def write_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of the operator that computes the same out of place."""
+    write(args[0], out_of_place(func)(*args, **kwargs))
+    return args[0]
 
 
 def copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, widened
+from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, raw, widened
 from ada_loss.torch.operators.linear import passes
 from ada_loss.torch.operators.registry import Rule, register
 from ada_loss.torch.operators.results import one, rounded
@@ -53,6 +53,7 @@ def joins(*positions: int) -> Rule:
 
 def _joint_dtype(tensors: list[torch.Tensor]) -> torch.dtype:
     """The dtype of what is computed of all of these; a tensor without axes counts less than one with some."""
+    tensors = [raw(tensor) for tensor in tensors]
     with_axes = [tensor for tensor in tensors if tensor.dim()]
     return reduce(torch.promote_types, [tensor.dtype for tensor in with_axes or tensors])
 

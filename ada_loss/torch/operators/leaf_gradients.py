@@ -15,16 +15,13 @@ STORING = frozenset([aten.detach.default, aten.clone.default, aten.new_empty_str
 """What autograd calls on a gradient to store it, as it is or in the leaf's own memory format."""
 
 
-def is_being_stored() -> bool:
-    """Whether it is autograd that calls an operator, to store a gradient."""
+def store(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One of `STORING` for the true gradient, in its dtype, if it is autograd that calls it to store a
+    gradient."""
     node = torch._C._current_autograd_node()
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
-
-
-def stored(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """One of `STORING` for the true gradient, in the true gradient's dtype."""
-    true = args[0].to_true()
-    leaf = torch._C._current_autograd_node().variable
+    if node is None or node.name() != "torch::autograd::AccumulateGrad":
+        return NotImplemented
+    true, leaf = args[0].to_true(), node.variable
     if getattr(leaf, "grad_dtype", true.dtype) != true.dtype:
         leaf.grad_dtype = true.dtype  # so that others may assign to `grad` as well
     return func(true, *args[1:], **kwargs | ({"dtype": true.dtype} if "dtype" in kwargs else {}))

@@ -14,7 +14,7 @@ from ada_loss.torch.operators.arguments import mapped, only_scaled, raw, widened
 from ada_loss.torch.operators.registry import Rule, register
 from ada_loss.torch.operators.results import all_rounded
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import times
+from ada_loss.torch.shifts import over
 
 
 def passes(*positions: int) -> Rule:
@@ -35,9 +35,9 @@ def passes(*positions: int) -> Rule:
 def _at_scale_of(source: ScaledTensor, result: Any) -> Any:
     if not isinstance(result, torch.Tensor) or not result.is_floating_point():
         return result
-    if result.dtype == source.dtype and result.layout is torch.strided:
+    if result.dtype == source.scaled_data.dtype and result.layout is torch.strided:
         return source.with_data(result)
-    return times(widened(result), 1 / source.scale)
+    return over(widened(result), source.scale)
 
 
 def sums(*positions: int, dtypes_of: tuple[int, ...] | None = None) -> Rule:
@@ -52,7 +52,7 @@ def sums(*positions: int, dtypes_of: tuple[int, ...] | None = None) -> Rule:
             return NotImplemented
         source = found[0]
         results = func(*mapped(widened, args), **mapped(widened, kwargs))
-        dtype = kwargs.get("dtype") or source.dtype
+        dtype = kwargs.get("dtype") or source.scaled_data.dtype
         count = 1 if isinstance(results, torch.Tensor) else len(results)
         dtypes = [_dtype_of(args, i, dtype) for i in dtypes_of] if dtypes_of else [dtype] * count
         return all_rounded(results, dtypes, source.scale, source.shifts, source.shifts.of_sum)
@@ -63,7 +63,7 @@ def sums(*positions: int, dtypes_of: tuple[int, ...] | None = None) -> Rule:
 def _dtype_of(args: tuple[Any, ...], position: int, default: torch.dtype) -> torch.dtype:
     """Of an argument that may be missing, for a result that is then missing too or has the gradient's
     dtype."""
-    arg = args[position] if position < len(args) else None
+    arg = raw(args[position]) if position < len(args) else None
     return arg.dtype if isinstance(arg, torch.Tensor) else default
 
 

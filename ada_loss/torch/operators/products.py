@@ -3,8 +3,8 @@ scales multiply."""
 
 from __future__ import annotations
 
+import math
 from functools import partial, reduce
-from math import prod
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ def matrix_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     left, right = args
     product = _product_in_float32(func, raw(left), raw(right))
     gradient, factor = (left, right) if isinstance(left, ScaledTensor) else (right, left)
-    choose = partial(_of_product, found[0].shifts, raw(gradient), raw(factor), left.shape[-1])
-    return rounded(product, left.dtype, scale_of(found), found[0].shifts, choose)
+    choose = partial(_of_product, found[0].shifts, raw(gradient), raw(factor), raw(left).shape[-1])
+    return rounded(product, raw(left).dtype, scale_of(found), found[0].shifts, choose)
 
 
 def _product_in_float32(func: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -44,14 +44,15 @@ def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return NotImplemented
     gy, x, weight = args[:3]
     groups, transposed = args[9], args[7]
-    fan = weight.shape[1 if transposed else 0] * prod(weight.shape[2:]) // (1 if transposed else groups)
+    shape = raw(weight).shape
+    fan = shape[1 if transposed else 0] * math.prod(shape[2:]) // (1 if transposed else groups)
     results = func(*(widened(arg) for arg in args[:3]), *args[3:], **kwargs)
     shifts = gy.shifts
     of_product = partial(_of_product, shifts, gy.scaled_data, raw(weight), fan)
     ways = (
-        (x.dtype, [gy, weight], of_product),
-        (weight.dtype, [gy, x], shifts.of_sum),
-        (weight.dtype, [gy], shifts.of_sum),
+        (raw(x).dtype, [gy, weight], of_product),
+        (raw(weight).dtype, [gy, x], shifts.of_sum),
+        (raw(weight).dtype, [gy], shifts.of_sum),
     )
     return tuple(
         None if result is None else rounded(result, dtype, scale_of(factors), shifts, choose)
@@ -89,14 +90,19 @@ def quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _times_number(gradient: ScaledTensor, number: Any, dtype: torch.dtype) -> Any:
-    if dtype != gradient.dtype:
+    data = gradient.scaled_data
+    if dtype != data.dtype:
         return NotImplemented
-    wide = torch.as_tensor(number, dtype=torch.float32, device=gradient.device)
-    power = floor_power_of_two(wide.abs())
-    usable = (power > 0) & torch.isfinite(power)
-    power = torch.where(usable, power, 1.0)
-    data = widened(gradient) * (wide / power)
-    return ScaledTensor(data.to(dtype), gradient.scale / power, gradient.shifts)
+    if isinstance(number, torch.Tensor):
+        wide = number.float()
+        power = floor_power_of_two(wide.abs())
+        power = torch.where((power > 0) & torch.isfinite(power), power, 1.0)
+        product = (widened(gradient) * (wide / power)).to(dtype)
+    else:
+        mantissa = math.frexp(number)[0]
+        power = number / mantissa if mantissa and math.isfinite(number) else 1.0
+        product = data * (number / power)
+    return ScaledTensor(product, gradient.scale / power, gradient.shifts)
 
 
 def scale_of(factors: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import Shifts, times
+from ada_loss.torch.shifts import Shifts, over, times
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The factor for a result, of the result and its scale."""
@@ -23,9 +23,9 @@ def rounded(
     result: the value times `scale`.
     """
     if dtype not in shifts.dtypes:
-        return times(result, 1 / scale).to(dtype)
+        return over(result, scale).to(dtype)
     if result.layout is not torch.strided:
-        return times(result, 1 / scale)
+        return over(result, scale)
     factor = choose(result, scale)
     return ScaledTensor(times(result, factor).to(dtype), scale * factor, shifts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ada_loss.torch.scaled_tensor import ScaledTensor
 from ada_loss.torch.shifts import OF_ZERO
 
 
-@cache
 def is_view(func: Any) -> bool:
     """Whether an operator's result shares memory with its first argument, which it does not change."""
     arguments = func._schema.arguments
@@ -26,12 +24,11 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The view keeps the scale, also when that changes."""
     source = args[0]
     results = func(source.scaled_data, *args[1:], **kwargs)
-    if isinstance(results, torch.Tensor) and results.dtype != source.dtype:
+    if isinstance(results, torch.Tensor) and results.dtype != source.scaled_data.dtype:
         return NotImplemented
     return mapped(source.view_of_data, results)
 
 
-@cache
 def changes_shape(func: Any) -> bool:
     """Whether an operator gives its first argument another shape in place, as unsqueeze_ does."""
     return torch.Tag.inplace_view in func.tags
@@ -51,7 +48,7 @@ def zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _only_first_is_scaled(args, kwargs):
         return NotImplemented
     result = func(raw(args[0]), *args[1:], **kwargs)
-    if result.dtype != args[0].dtype:
+    if result.dtype != raw(args[0]).dtype:
         return result
     return ScaledTensor(result, torch.full_like(one(result), OF_ZERO), args[0].shifts)
 
@@ -60,8 +57,8 @@ def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor of this one's kind that holds a true number everywhere."""
     if not _only_first_is_scaled(args, kwargs):
         return NotImplemented
-    dtype = kwargs.get("dtype") or args[0].dtype
-    if dtype != args[0].dtype:
+    dtype = kwargs.get("dtype") or raw(args[0]).dtype
+    if dtype != raw(args[0]).dtype:
         return func(raw(args[0]), *args[1:], **kwargs)
     result = func(widened(args[0]), *args[1:], **mapped(widened, kwargs))
     return entering(result, dtype, args[0].shifts)
