@@ -18,7 +18,7 @@ from ada_loss.chainer.parts import Filter, Layers, parts_of
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.running_statistics import Watched
 from ada_loss.chainer.scaling import Scaling
-from ada_loss.chainer.settings import config_of, dtype_of_results, require_link
+from ada_loss.chainer.settings import config_of, dtype_of_results, require_link, require_parts
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.chainer.tagging import active_recorder, named_links
 from ada_loss.chainer.transforms import transform
@@ -91,6 +91,7 @@ class AdaLossScaled(Watched, chainer.Link):
         **settings: Any,
     ) -> Any:
         config, dtype = config_of(loss_scale_method, settings), dtype_of_results(output_dtype)
+        require_parts(filter, layers)
         _check(link)
         parts = parts_of(named_links(link), filter, layers, config)
         report = transform(link, parts)

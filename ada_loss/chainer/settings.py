@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import chainer
 import numpy as np
 
-from ada_loss.core.config import AdaLossConfig
+from ada_loss.core.config import AdaLossConfig, meant
 
 FORMER_NAMES = {
     "cfg": "give its entries as settings of their own, as in AdaLossScaled(model, scale_upper_bound=16)",
@@ -65,6 +64,39 @@ def dtype_of_results(output_dtype: Any) -> np.dtype[Any] | None:
     return found
 
 
+def require_parts(filter: Any, layers: Any) -> None:
+    """Check what is said of parts of a model.
+
+    Raises:
+        TypeError: `filter` is neither a function nor patterns, or `layers` are not settings by pattern.
+    """
+    patterns = (filter,) if isinstance(filter, str) else filter
+    if not (filter is None or callable(filter) or _are_strings(patterns)):
+        raise TypeError(
+            "filter must be a function of path and link, or a pattern of paths such as '/body/*' or several, "
+            f"not {_kind(filter)}."
+        )
+    by_pattern = isinstance(layers, Mapping) and _are_strings(layers)
+    if not (layers is None or by_pattern and all(_are_settings(part) for part in layers.values())):
+        raise TypeError(
+            "layers must be a dictionary of settings by pattern, as in "
+            "{'/head': {'loss_scale_method': 'fixed'}}."
+        )
+
+
+def require_config(config: Any) -> None:
+    """Check settings of one layer.
+
+    Raises:
+        TypeError: they are neither an `AdaLossConfig` nor None.
+    """
+    if config is not None and not isinstance(config, AdaLossConfig):
+        raise TypeError(
+            "A layer takes its settings as an AdaLossConfig, such as "
+            f"AdaLossConfig(loss_scale_method='fixed'), not as {_kind(config)}."
+        )
+
+
 def require_link(link: Any) -> None:
     """Check that what is to be scaled is a link.
 
@@ -105,9 +137,15 @@ def require_optimizer(optimizer: Any) -> None:
 def _instead_of(name: str, known: list[str]) -> str:
     if name in FORMER_NAMES:
         return f"{FORMER_NAMES[name]}."
-    possible = [*known, *_OWN_KEYWORDS]
-    close = difflib.get_close_matches(name, possible, 1)
-    return f"did you mean {close[0]}=?" if close else f"it takes {', '.join(possible)}."
+    return meant(name, [*known, *_OWN_KEYWORDS])
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, Iterable) and all(isinstance(value, str) for value in values)
+
+
+def _are_settings(part: Any) -> bool:
+    return isinstance(part, AdaLossConfig) or isinstance(part, Mapping) and _are_strings(part)
 
 
 def _kind(value: Any) -> str:

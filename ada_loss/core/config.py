@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from ada_loss.core.rules import AUTO, RULES, Rule
 
@@ -39,6 +43,7 @@ class AdaLossConfig:
             `CAST_DISTRIBUTIONS`.
 
     Raises:
+        TypeError: there is no setting of a name; the message says which one may be meant.
         ValueError: a setting is not what is described here; the message is one sentence.
     """
 
@@ -51,6 +56,12 @@ class AdaLossConfig:
     dynamic_interval: int | None = None
     timing: str = "current"
     cast_distribution: str = "log_normal"
+
+    def __new__(cls, **settings: Any) -> AdaLossConfig:
+        for name in settings:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"AdaLossConfig takes no {name}=: {meant(name, cls.__dataclass_fields__)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_one_of("loss_scale_method", self.loss_scale_method, METHODS)
@@ -93,6 +104,20 @@ class AdaLossConfig:
     def init_exponent(self) -> int:
         """The exponent of `init_scale`, its log2."""
         return math.frexp(self.init_scale)[1] - 1
+
+
+# Tools would take that of `__new__`.
+_signature = inspect.signature(AdaLossConfig.__init__)
+AdaLossConfig.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=list(_signature.parameters.values())[1:]
+)
+
+
+def meant(name: str, possible: Iterable[str]) -> str:
+    """What to write in place of a keyword that there is not, as the end of a sentence."""
+    possible = list(possible)
+    close = difflib.get_close_matches(name, possible, 1)
+    return f"did you mean {close[0]}=?" if close else f"it takes {', '.join(possible)}."
 
 
 def _check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -1,13 +1,19 @@
 """What a user hands over by mistake is answered by one sentence that says what to write."""
 
+import copy
+import inspect
+import pickle
+from dataclasses import fields, replace
+
 import chainer
 import chainer.links as L
 import numpy as np
 import pytest
 from chainer import optimizers
 
-from ada_loss.chainer import AdaLossScaled, prepare
+from ada_loss.chainer import AdaLossLinear, AdaLossScaled, functions, prepare
 from ada_loss.chainer.settings import FORMER_NAMES
+from ada_loss.core.config import AdaLossConfig
 
 
 def refusal(call, kind):
@@ -65,6 +71,40 @@ def test_results_have_a_floating_point_type(wrong):
 @pytest.mark.parametrize("right", ["float16", np.float32, np.dtype("float64"), "e", None])
 def test_every_spelling_of_such_a_type_will_do(right):
     AdaLossScaled(L.Linear(2, 2), output_dtype=right)
+
+
+@pytest.mark.parametrize("wrong", [3, [1], ["/0", None], object()])
+def test_a_filter_is_a_function_or_patterns(wrong):
+    message = refusal(lambda: AdaLossScaled(L.Linear(2, 2), filter=wrong), TypeError)
+    assert message.startswith("filter must be a function of path and link, or a pattern of paths")
+
+
+@pytest.mark.parametrize("wrong", [3, "/head", ["/head"], {1: {}}, {"/head": "fixed"}, {"/head": {1: 2}}])
+def test_settings_of_parts_are_dictionaries_by_pattern(wrong):
+    message = refusal(lambda: AdaLossScaled(L.Linear(2, 2), layers=wrong), TypeError)
+    assert message.startswith("layers must be a dictionary of settings by pattern")
+
+
+@pytest.mark.parametrize("wrong", ["fixed", {"loss_scale_method": "fixed"}, 8])
+def test_a_layer_takes_its_settings_as_a_configuration(wrong):
+    for call in (
+        lambda: AdaLossLinear(2, 2).with_config(wrong),
+        lambda: functions.linear(np.ones((1, 2)), np.ones((1, 2)), config=wrong),
+    ):
+        assert refusal(call, TypeError).startswith("A layer takes its settings as an AdaLossConfig")
+
+
+def test_a_configuration_says_which_setting_was_meant():
+    message = refusal(lambda: AdaLossConfig(init_scal=1), TypeError)
+    assert message == "AdaLossConfig takes no init_scal=: did you mean init_scale=?"
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, replace, lambda c: pickle.loads(pickle.dumps(c))]
+)
+def test_a_configuration_can_be_copied(again):
+    config = AdaLossConfig(loss_scale_method="fixed", init_scale=8)
+    assert again(config) == config
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import chainer.functions as F
 
+from ada_loss.chainer.settings import require_config
 from ada_loss.chainer.tagging import active_recorder
 from ada_loss.core.config import AdaLossConfig
 
@@ -19,6 +20,7 @@ def named(name: str | None = None, config: AdaLossConfig | None = None) -> Abstr
 
     Without effect outside `AdaLossScaled`.
     """
+    require_config(config)
     recorder = active_recorder()
     return nullcontext() if recorder is None else recorder.named(name, config)
 

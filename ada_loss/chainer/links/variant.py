@@ -8,6 +8,7 @@ import chainer
 import numpy as np
 
 from ada_loss.chainer.made_classes import become, made_class, picklable
+from ada_loss.chainer.settings import require_config
 from ada_loss.core.config import AdaLossConfig
 
 Layer = TypeVar("Layer", bound=chainer.Link)
@@ -23,6 +24,7 @@ class ScaledLayer:
 
     def with_config(self: Layer, config: AdaLossConfig | None) -> Layer:
         """Give this layer settings of its own; returns the layer."""
+        require_config(config)
         self.ada_loss_config = config
         return self
 
