@@ -99,6 +99,10 @@ def test_a_configuration_says_which_setting_was_meant():
     assert message == "AdaLossConfig takes no init_scal=: did you mean init_scale=?"
 
 
+def test_tools_see_the_settings():
+    assert [*inspect.signature(AdaLossConfig).parameters] == [field.name for field in fields(AdaLossConfig)]
+
+
 @pytest.mark.parametrize(
     "again", [copy.copy, copy.deepcopy, replace, lambda c: pickle.loads(pickle.dumps(c))]
 )
