@@ -7,6 +7,7 @@ import ada_loss.chainer  # noqa: F401  isort: skip  (loader processes start here
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -157,6 +158,8 @@ def _start_loader(samples: Samples) -> None:
     global _samples_of_this_loader
     _samples_of_this_loader = samples
     cv2.setNumThreads(0)
+    # Ctrl-C reaches every process of a terminal; the parent answers it for all.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -39,10 +39,15 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return BAD_INPUT
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr, flush=True)
+            say_interrupted()
             return INTERRUPTED
 
     return wrapper
+
+
+def say_interrupted() -> None:
+    if launched_rank() == 0:
+        print("\ninterrupted", file=sys.stderr, flush=True)
 
 
 def launched_rank() -> int:

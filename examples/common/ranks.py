@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
 import chainer
 from chainer.backends import cuda
 
-from errors import BAD_INPUT, InputError, SharedInputError
+from errors import BAD_INPUT, INTERRUPTED, InputError, SharedInputError, say_interrupted
 
 T = TypeVar("T")
 
@@ -68,12 +71,17 @@ class Alone:
     @contextmanager
     def ending_together(self) -> Iterator[None]:
         """In this block an error on one rank ends all of them; one that all have ends each by itself."""
-        try:
-            yield
-        except SharedInputError:
-            raise
-        except BaseException as error:
-            self._fail(error)
+        with self._interruptible():
+            try:
+                yield
+            except SharedInputError:
+                raise
+            except BaseException as error:
+                self._fail(error)
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """In this block Ctrl-C ends every rank, and is one line."""
+        return nullcontext()
 
     def _fail(self, error: BaseException) -> NoReturn:
         raise error
@@ -127,7 +135,34 @@ class Together(Alone):
 
         return Together(chainermn.create_communicator(communicator, self._comm.mpi_comm))
 
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        # Python hands an interrupt to the main thread, which may wait for another rank for ever. A thread at
+        # the other end of this hears of it at once.
+        listening, heard = socket.socketpair()
+        heard.setblocking(False)
+        before = signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._end_when_interrupted, args=(listening,), daemon=True).start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            # The thread ends this process.
+            threading.Event().wait()
+        finally:
+            signal.set_wakeup_fd(before)
+            heard.close()
+
+    def _end_when_interrupted(self, listening: socket.socket) -> None:
+        with listening:
+            while number := listening.recv(1):
+                if number[0] == signal.SIGINT:
+                    sys.stdout.flush()
+                    say_interrupted()
+                    os._exit(INTERRUPTED)
+
     def _fail(self, error: BaseException) -> NoReturn:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
         bad_input = isinstance(error, InputError)
         text = f"error: {error}" if bad_input else "".join(traceback.format_exception(error))
         print(f"rank {self.rank} of {self.size} failed, ending all: {text}", file=sys.stderr, flush=True)

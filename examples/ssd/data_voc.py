@@ -113,6 +113,10 @@ class JoinedDatasets:
     def classes(self) -> tuple[str, ...]:
         return self.parts[0].classes
 
+    def image_path(self, i: int) -> Path:
+        part, i = self._locate(i)
+        return part.image_path(i)
+
     def image(self, i: int) -> np.ndarray:
         part, i = self._locate(i)
         return part.image(i)

@@ -201,3 +201,21 @@ def test_an_image_without_objects_passes(recipe):
 
 def test_digits_are_never_mirrored():
     assert not DIGITS_RECIPE.flips
+
+
+@pytest.mark.parametrize("recipe", [VOC_RECIPE, DIGITS_RECIPE], ids=["voc", "digits"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 40), (3, 40), (300, 4), (2, 2), (1, 5000)])
+def test_strips_are_augmented_like_any_other_image(shape, recipe):
+    height, width = shape
+    image = np.full((3, *shape), 100, np.uint8)
+    bbox = np.float32([[0, 0, height, width], [0, 0, height / 2, width / 2]])
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        pixels, boxes, labels = augment(image, bbox, np.arange(2), 30, np.zeros((3, 1, 1), "f"), recipe, rng)
+        assert pixels.shape == (3, 30, 30)
+        assert np.isfinite(pixels).all()
+        assert len(boxes) == len(labels)
+        assert np.isfinite(boxes).all()
+        assert (boxes[:, :2] < boxes[:, 2:]).all()
+        assert boxes.min(initial=0) >= -1e-4
+        assert boxes.max(initial=0) <= 30 + 1e-4
