@@ -32,7 +32,7 @@ from report import readme_text  # noqa: E402
 
 from arguments import FREE_ON_RESUME, parse_settings  # noqa: E402
 from command_line import OneSentenceParser, count  # noqa: E402
-from errors import InputError, ends_cleanly  # noqa: E402
+from errors import DIVERGED, InputError, ends_cleanly  # noqa: E402
 from files import write_whole  # noqa: E402
 
 RESULT_FILE, LOG_FILE = "result.json", "log.json"
@@ -128,7 +128,7 @@ def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
     )
-    if finished.returncode:
+    if finished.returncode not in (0, DIVERGED):
         last = (finished.stderr.strip() or finished.stdout.strip()).splitlines()[-1:]
         raise InputError(f"{run.name} could not be trained: {' '.join(last).removeprefix('error: ')}")
     keep_record(scratch, run.records)

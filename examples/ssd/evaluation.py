@@ -36,6 +36,8 @@ def average_precisions(shares: list[list[tuple[int, Boxes, Objects]]], n_classes
     predicted = [boxes for _, boxes, _ in results]
     true = [objects for _, _, objects in results]
     precisions = np.full(n_classes, np.nan)
+    if not any(len(entry.label) for entry in (*predicted, *true)):
+        return precisions
     # ChainerCV's end with the last class that was found or is there. Of a class that was not found, precision
     # is not a number.
     with np.errstate(invalid="ignore"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from chainercv.links import SSD300
 from chainercv.links.model.ssd import MultiboxCoder
+from chainercv.utils import bbox_iou
 
 from coding import BoxCoder
 from models import SmallSSD
@@ -83,3 +84,40 @@ def test_decoding_undoes_encoding(theirs):
 def test_offsets_that_overflow_decode_without_a_warning(theirs):
     offsets = np.full((len(theirs._default_bbox), 4), 1e4, np.float32)
     assert np.isinf(BoxCoder.of(theirs).decode(offsets)).all()
+
+
+def random_ties(rng: np.random.Generator) -> np.ndarray:
+    """Boxes that lie between default boxes, so that several overlap them alike."""
+    centre = rng.integers(1, 11, size=(4, 2)) * 8.0
+    half = rng.integers(1, 5, size=(4, 1)) * 4.0
+    return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ties_are_matched_as_in_gluoncv(theirs, seed):
+    """Its `BipartiteMatcher(share_max=False)` behind its greedy matching, then its `MaximumMatcher`."""
+    bbox = random_ties(np.random.default_rng(seed))
+    overlap = bbox_iou(BoxCoder.of(theirs).corners.T, bbox)
+    labels = np.arange(len(bbox), dtype=np.int32)
+    _, one_each = theirs.encode(bbox, labels, iou_thresh=2)
+    expected = one_each - 1
+    for place, row in enumerate(overlap):
+        best = row.argmax()
+        if expected[place] < 0 and (row[best] + 1e-6 >= overlap[:, best].max() or row[best] >= 0.5):
+            expected[place] = best
+    _, found = BoxCoder.of(theirs, ties=True).encode(bbox, labels)
+    np.testing.assert_array_equal(found - 1, expected)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 1.0])
+def test_the_threshold_of_matching_is_chainercvs(theirs, threshold):
+    bbox, label = random_objects(np.random.default_rng(8), 5, 96)
+    ours = BoxCoder.of(theirs, threshold).encode(bbox, label)
+    for mine, expected in zip(ours, theirs.encode(bbox, label, iou_thresh=threshold), strict=True):
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_variances_are_those_of_the_models_coder():
+    bbox, label = random_objects(np.random.default_rng(9), 5, 96)
+    theirs = MultiboxCoder((6, 3), ((2,), (2,)), (16, 32), (24, 48, 80), (0.3, 0.05))
+    assert_encoded_alike(theirs, bbox, label)

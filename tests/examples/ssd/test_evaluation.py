@@ -6,7 +6,7 @@ from chainercv.evaluations import eval_detection_voc
 
 from annotations import Objects
 from detector import Boxes
-from evaluation import average_precisions
+from evaluation import average_precisions, mean_precision
 
 
 def objects(*entries: tuple[list[float], int, bool]) -> Objects:
@@ -64,3 +64,18 @@ def test_the_shares_of_all_ranks_count_as_one_set(n_ranks):
     )["ap"]
     shares = [results[rank::n_ranks] for rank in range(n_ranks)]
     np.testing.assert_array_equal(average_precisions(shares, 3), expected)
+
+
+def test_classes_without_objects_do_not_count_in_the_mean():
+    assert mean_precision(np.array([np.nan, 0.5, 1.0])) == 0.75
+    assert mean_precision(np.full(3, np.nan)) is None
+
+
+@pytest.mark.parametrize("difficult", [True, None])
+def test_without_an_object_that_counts_no_class_has_a_precision(difficult, recwarn):
+    true = (
+        objects((LEFT, 0, True)) if difficult else Objects(*(array[:0] for array in objects((LEFT, 0, True))))
+    )
+    for guesses in (found((LEFT, 0, 0.9)), Boxes(*(array[:0] for array in found((LEFT, 0, 0.9))))):
+        assert np.isnan(average_precisions([[(0, guesses, true)]], 3)).all()
+    assert not list(recwarn)

@@ -128,3 +128,19 @@ def test_losses_of_huge_logits_are_finite():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="batch, sample"):
         MultiboxLoss("image")
+
+
+@pytest.mark.parametrize("norm", ["batch", "sample"])
+def test_alpha_weighs_the_offsets_alone(norm):
+    batch = random_batch(5, (13, 23))
+    loc, conf = (loss.array for loss in MultiboxLoss(norm)(*batch))
+    weighed = [loss.array for loss in MultiboxLoss(norm, alpha=0.25)(*batch)]
+    np.testing.assert_array_equal(weighed, [loc / 4, conf])
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 7, 1000])
+def test_so_many_negatives_count_for_each_positive(ratio):
+    mb_locs, mb_confs, gt_locs, labels = random_batch(6, (13, 1))
+    _, ours = MultiboxLoss("batch", negative_ratio=ratio)(mb_locs, mb_confs, gt_locs, labels)
+    _, theirs = multibox_loss(mb_locs, mb_confs, gt_locs, labels, k=ratio)
+    np.testing.assert_allclose(ours.array, theirs.array, rtol=1e-5)

@@ -4,6 +4,7 @@ import chainer
 import numpy as np
 import pytest
 
+from coding import BoxCoder
 from models import BOXES_IN_FIRST_CELLS, MODELS, added_layers, build_model, input_dtype
 
 
@@ -74,3 +75,15 @@ def test_images_are_cast_to_the_dtype_of_the_parameters(dtype, expected):
     with chainer.using_config("dtype", np.dtype(dtype)):
         model = build_model("small", 10, "lecun-uniform", seed=0)
     assert input_dtype(model) == expected
+
+
+def test_normal_is_gaussian_with_a_deviation_of_001():
+    weights = np.concatenate([weight.ravel() for weight in added_weights("normal")])
+    assert np.std(weights) == pytest.approx(0.01, rel=0.02)
+    assert np.abs(weights).max() > 0.03
+
+
+def test_variances_are_those_asked_for():
+    for variances in ((0.1, 0.2), (0.3, 0.05)):
+        model = build_model("small", 10, "normal", 0, variances)
+        assert BoxCoder.of(model.coder).variance == variances

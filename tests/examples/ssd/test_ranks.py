@@ -145,6 +145,34 @@ def test_a_damaged_image_ends_the_evaluation_on_all_ranks(digits, tmp_path):
     assert path.name in result.stderr
 
 
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_ctrl_c_behind_mpiexec_is_one_line(digits, tmp_path, loaders):
+    out = tmp_path / "run"
+    more = ("--iteration", 9999, "--dtype", "float32", "--loaders", loaders)
+    command = [*launcher(2), sys.executable, "train_multi.py", *arguments(digits, out, *more)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command, cwd=EXAMPLE, env=environment(), start_new_session=True, **streams)
+    wait_for((out / "log.json").exists, job)
+    os.killpg(job.pid, signal.SIGINT)
+    _, printed = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert printed.split() == ["interrupted"]
+    assert not (out / "result.json").exists()
+
+
+def test_ctrl_c_is_one_line_alone_as_well(digits, tmp_path):
+    out = tmp_path / "run"
+    more = ("--iteration", 9999, "--dtype", "float32", "--loaders", 1)
+    command = [sys.executable, "train_multi.py", *arguments(digits, out, *more)]
+    streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command, cwd=EXAMPLE, env=environment(), start_new_session=True, **streams)
+    wait_for((out / "log.json").exists, job)
+    os.killpg(job.pid, signal.SIGINT)
+    _, printed = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert printed.split() == ["interrupted"]
+
+
 class RecordedRanks(Together):
     """Rank 1 of 3, which only notes with which status it ended all."""
 

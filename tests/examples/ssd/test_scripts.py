@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -67,6 +68,111 @@ def test_predict_says_when_nothing_is_sure_enough(digits, model_file, tmp_path, 
     assert "000001.jpg: no object with a score of 0.99 or more -> " in capsys.readouterr().out
 
 
+@pytest.fixture
+def folder(digits, tmp_path) -> Path:
+    """A folder with two images, a damaged one, a folder that is called like one, and no image."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((digits / "VOC2007" / "JPEGImages").iterdir())[:2]:
+        shutil.copy(path, folder)
+    (folder / "000001a.jpg").write_bytes((folder / "000001.jpg").read_bytes()[:100])
+    (folder / "0.png").mkdir()
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_predict_goes_on_after_files_that_it_can_not_read_and_lists_them(
+    folder, model_file, tmp_path, capsys
+):
+    out = tmp_path / "pictures"
+    assert predict.main([str(model_file), str(folder), "--out", str(out), "--score", "0.15"]) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["000001.png", "000002.png"]
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    head, *listed = printed.err.splitlines()
+    assert head == "error: 2 of 4 images were left out:"
+    assert [line.split()[0] for line in listed] == [str(folder / "0.png"), str(folder / "000001a.jpg")]
+    assert all("can't be read as an image" in line for line in listed)
+
+
+def test_predict_tells_images_of_one_name_apart_by_their_endings(digits, model_file, tmp_path):
+    original = digits / "VOC2007" / "JPEGImages" / "000001.jpg"
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        Image.open(original).save(folder / name)
+    assert predict.main([str(model_file), str(folder), "--out", str(tmp_path / "pictures")]) == 0
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "a.jpg.png",
+        "a.png.png",
+        "b.png",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 400), (400, 2), (3, 6000), (6000, 3)])
+def test_predict_draws_strips(model_file, tmp_path, shape):
+    path = tmp_path / "strip.png"
+    Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
+    assert predict.main([str(model_file), str(path), "--out", str(tmp_path / "out"), "--score", "0.1"]) == 0
+    width, height = Image.open(tmp_path / "out" / "strip.png").size
+    assert width % shape[1] == height % shape[0] == 0
+    assert max(width, height) <= 6000
+
+
+def test_predict_draws_images_upright(digits, model_file, tmp_path):
+    """As its camera stored it, and as it was seen."""
+    seen = Image.open(digits / "VOC2007" / "JPEGImages" / "000001.jpg").crop((0, 0, 96, 60))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    seen.save(tmp_path / "seen.png")
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    arguments = [str(model_file), str(tmp_path / "seen.png"), str(tmp_path / "stored.png")]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out"), "--score", "0.1"]) == 0
+    pictures = [np.asarray(Image.open(tmp_path / "out" / f"{name}.png")) for name in ("seen", "stored")]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_names_that_are_no_text_are_printed(digits, model_file, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    shutil.copy(digits / "VOC2007" / "JPEGImages" / "000001.jpg", name)
+    result = run_script("predict.py", model_file, os.fsdecode(name), "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "caf\\udce9.jpg: " in result.stdout
+    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"caf\xe9.png"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "a" * 300])
+def test_a_folder_for_pictures_that_can_not_be_made_is_one_sentence(
+    digits, model_file, tmp_path, capsys, place
+):
+    (tmp_path / "file").write_text("")
+    image = str(digits / "VOC2007" / "JPEGImages" / "000001.jpg")
+    assert predict.main([str(model_file), image, "--out", str(tmp_path / place)]) == 2
+    one_sentence(capsys, f"{tmp_path / place} can't be made (")
+
+
+def test_a_picture_that_can_not_be_written_is_one_sentence(digits, model_file, tmp_path, capsys, monkeypatch):
+    def full(picture, target) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    image = str(digits / "VOC2007" / "JPEGImages" / "000001.jpg")
+    assert predict.main([str(model_file), image, "--out", str(tmp_path / "out")]) == 2
+    one_sentence(capsys, "000001.png can't be written (No space left on device)")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("options", [("--top-k", "3"), ("--nms-threshold", "0.05")])
+def test_predict_finds_by_its_options(digits, model_file, tmp_path, options):
+    image = digits / "VOC2007" / "JPEGImages" / "000001.jpg"
+    arguments = [str(model_file), str(image), "--score", "0.1", "--out"]
+    assert predict.main([*arguments, str(tmp_path / "usual")]) == 0
+    assert predict.main([*arguments, str(tmp_path / "other"), *options]) == 0
+    usual, other = (np.asarray(Image.open(tmp_path / name / "000001.png")) for name in ("usual", "other"))
+    assert (usual != other).any()
+
+
 @pytest.fixture(scope="module")
 def chainercv_model() -> SSD300:
     """SSD300 as ChainerCV makes it, which is surer of the background than of anything else."""
@@ -108,6 +214,8 @@ def test_evaluate_takes_chainercvs_weights(chainercv_model, devkit, tmp_path, ca
         (["MODEL", "/nowhere.jpg"], "There is no image or folder /nowhere.jpg"),
         (["MODEL", "EMPTY"], "no image in the folders named"),
         (["MODEL", "MODEL"], "can't be read as an image"),
+        (["MODEL", "/dev/null"], "can't be read as an image"),
+        (["MODEL", "a" * 300], "can't be looked at (File name too long)"),
         (["MODEL", "IMAGE", "IMAGE"], "Two images would both be drawn"),
         (["MODEL", "IMAGE", "--score", "2"], "'2' is not a number from 0 to 1"),
         (["MODEL", "IMAGE", "--decoder", "best"], "best"),
@@ -162,6 +270,25 @@ def test_bad_input_of_evaluate_is_one_sentence(model_file, capsys, arguments, wo
     argv = [str(model_file) if argument == "MODEL" else argument for argument in arguments]
     assert status_of(evaluate.main, argv) == 2
     one_sentence(capsys, words)
+
+
+def test_evaluate_in_batches_of_any_size_finds_the_same(digits, model_file, capsys):
+    arguments = [str(model_file), "--dataset-dir", str(digits)]
+    printed = []
+    for more in ((), ("--test-batchsize", "3"), ("--top-k", "200", "--nms-threshold", "0.45")):
+        assert evaluate.main([*arguments, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+
+
+def test_evaluate_without_objects_that_count_says_so(digits, model_file, tmp_path, capsys):
+    folder = shutil.copytree(digits, tmp_path / "digits")
+    for number in range(13, 17):
+        (folder / "VOC2007" / "Annotations" / f"{number:06d}.xml").write_text("<annotation/>")
+    assert evaluate.main([str(model_file), "--dataset-dir", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].split() == ["mAP", "-"]
+    assert "no test image shows an object that counts, so that there is no mAP" in printed.err
 
 
 def test_evaluate_says_what_an_incomplete_set_lacks(digits, model_file, tmp_path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 from chainer.serializers import save_npz
+from PIL import Image
 from runs import (
     assert_one_sentence,
     assert_same_end,
@@ -274,3 +276,74 @@ def test_an_earlier_run_is_not_overwritten(digits, tmp_path, capsys):
     assert status_of(digits, out, "--iteration", 2, "--dtype", "float32") == 2
     assert_one_sentence(capsys, "holds an earlier run")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_options_of_the_seeds_reach_training_and_what_it_saves(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ("--alpha", 0.5, "--negative-ratio", 5, "--match-threshold", 0.4, "--match-ties")
+    options += ("--variances", 0.2, 0.3, "--nms-threshold", 0.5, "--top-k", 100, "--initializer", "normal")
+    assert train(digits, out, "--iteration", 2, "--kernels", "auto", *options, "--test-batchsize", 3) == 0
+    result = read(out / "result.json")
+    assert result["outcome"] == "finished"
+    settings = result["settings"]
+    assert (settings["alpha"], settings["negative_ratio"], settings["match_ties"]) == (0.5, 5, True)
+    assert weights(out)["variances"].tolist() == [0.2, 0.3]
+    capsys.readouterr()
+    detection = ("--nms-threshold", "0.5", "--top-k", "100")
+    assert evaluate.main([str(out / "model.npz"), "--dataset-dir", str(digits), *detection]) == 0
+    assert f"mAP  {result['map']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--alpha", 0.5),
+        ("--negative-ratio", 1),
+        ("--match-threshold", 0.3),
+        ("--variances", 0.2, 0.2),
+        ("--initializer", "normal"),
+    ],
+    ids=lambda option: option[0],
+)
+def test_each_of_them_changes_what_is_learned(digits, tmp_path, option):
+    first, second = tmp_path / "usual", tmp_path / "other"
+    train(digits, first, "--iteration", 1, "--dtype", "float32")
+    train(digits, second, "--iteration", 1, "--dtype", "float32", *option)
+    losses = [read(out / "log.json")[0]["main/loss"] for out in (first, second)]
+    assert losses[0] != losses[1]
+
+
+def test_a_run_with_variances_is_resumed(digits, tmp_path):
+    arguments = (
+        "--dtype",
+        "float32",
+        "--variances",
+        0.2,
+        0.2,
+        "--checkpoint-interval",
+        1,
+        "--resume",
+        "auto",
+    )
+    for iterations in (1, 2):
+        assert train(digits, tmp_path / "run", *arguments, "--iteration", iterations) == 0
+
+
+def test_photographs_that_a_camera_turned_are_learned_and_evaluated_as_they_were_seen(
+    digits, tmp_path, capsys
+):
+    """Images, and the same images as cameras store them that are held in any way."""
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    turned = shutil.copytree(digits, tmp_path / "turned")
+    seen = shutil.copytree(digits, tmp_path / "seen")
+    for i, name in enumerate(sorted(path.name for path in (digits / "VOC2007" / "JPEGImages").iterdir())):
+        image = Image.open(digits / "VOC2007" / "JPEGImages" / name)
+        # Without loss, or turned pixels would be others.
+        image.save(seen / "VOC2007" / "JPEGImages" / name, "png")
+        exif = Image.Exif()
+        exif[0x112] = orientation = 2 + i % 7
+        stored = image.transpose(Image.Transpose(turns[orientation]))
+        stored.save(turned / "VOC2007" / "JPEGImages" / name, "png", exif=exif)
+    for folder in (seen, turned):
+        assert train(folder, tmp_path / "runs" / folder.name, "--iteration", 2, "--dtype", "float32") == 0
+    assert_same_end(tmp_path / "runs" / "seen", tmp_path / "runs" / "turned")
