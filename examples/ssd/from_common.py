@@ -1,4 +1,4 @@
-"""Modules that the examples share, for whoever has only this folder on the path."""
+"""Puts the modules that the examples share on the path, for whoever has only this folder there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 COMMON = Path(__file__).resolve().parents[1] / "common"
+if str(COMMON) not in sys.path:
+    sys.path.append(str(COMMON))
 
 
 def load(name: str) -> None:
