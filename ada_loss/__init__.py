@@ -4,6 +4,21 @@ This package is light to import. The Chainer engine is in `ada_loss.chainer`; th
 scales are in `ada_loss.core.rules` and know nothing of Chainer.
 """
 
-__all__ = ["__version__"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ada_loss.checking import Check, Loss
+
+__all__ = ["__version__", "check"]
 
 __version__ = "0.1.0"
+
+
+def check(model: Any, batch: Any = None, loss: Loss | None = None, *, steps: int = 1) -> Check:
+    """Find out what float16 would do to a model's gradients: see `ada_loss.checking.check`."""
+    # A front end is imported when a model asks for it.
+    from ada_loss import checking
+
+    return checking.check(model, batch, loss, steps=steps)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from ada_loss.core.records import (
     EndRecord,
-    Place,
     PlaceRecord,
     Record,
     RunHeader,
@@ -135,6 +134,29 @@ class RecordFile:
                 return
 
 
+class RecordsInMemory:
+    """Keeps records of a short run in place of a file; see `RecordFile`.
+
+    Args:
+        header: what the run is.
+    """
+
+    def __init__(self, header: RunHeader) -> None:
+        self.run = Run(Path(header.name), header)
+
+    def wants(self, sample: int) -> bool:
+        """Whether the sampled step number `sample` will be kept: always."""
+        return True
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append records."""
+        for record in records:
+            _take(self.run, record)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 @dataclass
 class Run:
     """The records of one run. damaged: how many lines could not be read, a cut last one not counted."""
@@ -175,23 +197,28 @@ def _read_lines(path: Path, lines: Iterable[bytes]) -> Run:
         raise RecordError(f"{path}: {header}")
     if not isinstance(header, RunHeader):
         raise RecordError(f"{path} holds no records of ada_loss: its first line describes no run.")
-    places: dict[tuple[int, Place], PlaceRecord] = {}
-    steps: dict[int, StepRecord] = {}
     run = Run(path, header)
     for record in records:
-        if isinstance(record, PlaceRecord):
-            places[record.step, record.place] = record
-        elif isinstance(record, StepRecord):
-            steps[record.step] = record
-        elif isinstance(record, RunHeader):
-            run.header, run.end = record, None
-        elif isinstance(record, EndRecord):
-            run.end = record
-        else:
-            run.damaged += 1
+        _take(run, record)
+    places = {(record.step, record.place): record for record in run.places}
     run.places = [places[key] for key in sorted(places, key=lambda key: key[0])]
+    steps = {record.step: record for record in run.steps}
     run.steps = [steps[step] for step in sorted(steps)]
     return run
+
+
+def _take(run: Run, record: Record | ValueError) -> None:
+    """Add a record, or what is wrong with one, to those of a run."""
+    if isinstance(record, PlaceRecord):
+        run.places.append(record)
+    elif isinstance(record, StepRecord):
+        run.steps.append(record)
+    elif isinstance(record, RunHeader):
+        run.header, run.end = record, None
+    elif isinstance(record, EndRecord):
+        run.end = record
+    else:
+        run.damaged += 1
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[Record | ValueError]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ada_loss.core.histogram import Histogram
-from ada_loss.core.record_file import RecordFile
+from ada_loss.core.record_file import RecordFile, RecordsInMemory
 from ada_loss.core.records import UNSHIFTED, EndRecord, Place, PlaceRecord, Shift, StepRecord
 
 Counted = Histogram | Callable[[], Histogram]
@@ -94,7 +94,7 @@ class RunRecorder:
     Holds the observations of one step at most.
 
     Args:
-        file: where to.
+        file: where to; `RecordsInMemory` will do as well.
         every: from how many steps one is sampled, beginning with the first.
         step: the number of the first step, in a run that goes on.
 
@@ -102,7 +102,7 @@ class RunRecorder:
         ValueError: where `every` is not a positive integer.
     """
 
-    def __init__(self, file: RecordFile, *, every: int = 100, step: int = 0) -> None:
+    def __init__(self, file: RecordFile | RecordsInMemory, *, every: int = 100, step: int = 0) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, not {every!r}.")
         self.file = file

@@ -61,8 +61,9 @@ class PlaceSummary:
     truth: true values of all finite sampled steps, those of float32 where the run holds them. own: the same
     of the run. lost: the share of the elements that float32 has non-zero and this run had not; None if that
     was not measured. lowest_exponent, highest_exponent: carried at least and at most. steps: how many were
-    sampled. nonfinite: in how many of them something was not finite, the first time in step `broke`. began:
-    how many overflows began here. window: the scales that suit.
+    sampled. nonfinite: in how many of them something was not finite. broke: the first step in which that was
+    so, or a result was too large for the format. began: how many overflows began here. window: the scales
+    that suit.
     """
 
     place: Place
@@ -82,7 +83,9 @@ class PlaceSummary:
     def verdict(self) -> Verdict:
         """What became of this place in the run."""
         if self.place.kind == ACTIVATION:
-            return Verdict(Word.OVERFLOW_FORWARD, self.nonfinite) if self.nonfinite else Verdict(Word.FINE)
+            # In float32 a result may be finite that float16 does not hold.
+            overflows = self.nonfinite or int(self.broke is not None)
+            return Verdict(Word.OVERFLOW_FORWARD, overflows) if overflows else Verdict(Word.FINE)
         if self.began:
             return Verdict(Word.OVERFLOW_BACKWARD, self.began)
         if not self.truth.nonzero and not self.nonfinite:
@@ -149,11 +152,17 @@ def _summarize(
         max(exponents),
         len(records),
         len(records) - len(finite),
-        next((record.step for record in records if not record.finite), None),
+        next((record.step for record in records if _breaks(record, number_format)), None),
         len(began),
         window,
         number_format,
     )
+
+
+def _breaks(record: PlaceRecord, number_format: FloatFormat) -> bool:
+    """Whether something is not finite, or, on the forward pass, would not be in the format."""
+    forward = record.place.kind == ACTIVATION
+    return not record.finite or forward and record.histogram.overflows(0, number_format)
 
 
 def gradients(places: Iterable[PlaceSummary]) -> list[PlaceSummary]:

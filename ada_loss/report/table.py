@@ -12,10 +12,13 @@ COLUMNS = 80
 _NAME, _WINDOW, _SHARE = 26, 17, 8
 
 
-def table(facts: RunFacts, runs: Sequence[RunFacts] = (), *, most: int | None = None) -> str:
-    """A run's layers: the scales that suit, what single ones would lose, what the run lost; then its summary.
+def table(
+    facts: RunFacts, runs: Sequence[RunFacts] = (), *, most: int | None = None, summary: bool = True
+) -> str:
+    """A run's layers: the scales that suit, what single ones would lose, what the run lost.
 
-    most: how many layers to show, those that suit the fewest scales; None for all.
+    most: how many layers to show, those that suit the fewest scales; None for all. summary: whether the run's
+    summary is to follow.
     """
     runs = runs or [facts]
     text = [
@@ -34,13 +37,13 @@ def table(facts: RunFacts, runs: Sequence[RunFacts] = (), *, most: int | None = 
     text += [_line(layer) for layer in layers if layer in shown]
     if len(shown) < len(layers):
         text.append(f"... and {len(layers) - len(shown)} layers that suit more scales")
-    text += ["", *(_wrapped(sentence) for sentence in facts.summary())]
-    text += [_wrapped(line_sentence(facts, line)) for line in lines(facts, runs)]
+    if not summary:
+        return "\n".join(text)
+    text += ["", *(wrapped(sentence) for sentence in facts.summary())]
+    text += [wrapped(line_sentence(facts, line)) for line in lines(facts, runs)]
     if facts.window.empty and layers:
         best, missed = best_single(facts)
-        text.append(
-            _wrapped(f"The best single scale, {power(best)}, fails {missed} of {len(layers)} layers.")
-        )
+        text.append(wrapped(f"The best single scale, {power(best)}, fails {missed} of {len(layers)} layers."))
     return "\n".join(text)
 
 
@@ -88,7 +91,7 @@ def _cut(text: str, width: int) -> str:
     return f"{text:<{width}}" if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """A sentence in lines of 80 columns."""
     found, line = [], ""
     for word in (_cut(word, COLUMNS).rstrip() for word in text.split()):

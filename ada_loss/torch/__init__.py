@@ -7,6 +7,7 @@ from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch.backward_mode import backward
 from ada_loss.torch.float32_kernels import float32_kernels
 from ada_loss.torch.grad_scaler import GradScaler
+from ada_loss.torch.recording import record
 from ada_loss.torch.scaled_tensor import ScaledTensor
 
-__all__ = ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward", "float32_kernels"]
+__all__ = ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward", "float32_kernels", "record"]
