@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             saved=an_epoch,
             settings={"scaling": scaling_name(options), **settings_of(options)},
         )
-        train(plan, BatchIterator(samples, schedule), optimizer, model, machine, options)
-    return 0
+        return train(plan, BatchIterator(samples, schedule), optimizer, model, machine, options)
 
 
 def open_data(options: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:

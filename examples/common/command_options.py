@@ -71,7 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, seed: int | None)
     add("--manual-seed", "--manual_seed", type=count_or_zero, default=seed, help="of weights and order")
     add("--communicator", choices=COMMUNICATORS, default="auto", help="ChainerMN's, behind mpiexec -n N")
     add("--kernels", choices=PROVIDERS, default="auto", help="who computes convolutions on a CPU")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto takes a GPU if there is one")
+    add("--device", "--gpu", type=device, default="auto", help="auto, cpu, gpu, or a GPU's number")
 
 
 def scaling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,6 +116,15 @@ def scaling_name(options: argparse.Namespace) -> str:
     if options.dynamic_interval is not None:
         return f"dynamic, interval {options.dynamic_interval}"
     return "no loss scale" if options.init_scale == 1 else f"fixed {options.init_scale:g}"
+
+
+def device(text: str) -> str:
+    """A type for argparse: what `ranks.choose_device` takes; -1 is how the paper's code names the CPU."""
+    if text == "-1":
+        return "cpu"
+    if text not in ("auto", "cpu", "gpu") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, gpu or a GPU's number")
+    return text
 
 
 def count(text: str) -> int:

@@ -19,9 +19,9 @@ from chainer.training.updaters import StandardUpdater
 
 from ada_loss.chainer import Diverged, kernels
 from checkpoints import FOLDER, Checkpoints, RandomState, resume
-from errors import InputError
+from errors import DIVERGED, InputError
 from files import locked, write_json
-from ranks import Alone, choose_communicator, gpu_is_there, start_ranks
+from ranks import Alone, choose_communicator, choose_device, start_ranks
 from threads import use_half_of_the_cores
 
 LOG_FILE, RESULT_FILE, LOCK_FILE, WEIGHTS_FILE = "log.json", "result.json", ".lock", "model.npz"
@@ -76,9 +76,9 @@ def started(options: Any, dtype: Any) -> Iterator[Machine]:
     use_half_of_the_cores()
     ranks = start_ranks()
     with ranks.ending_together():
-        on_gpu, communicator = ranks.together(lambda: _look_at_machine(options))
+        gpu, communicator = ranks.together(lambda: _look_at_machine(options, ranks))
         ranks = ranks.connected(communicator)
-        device = chainer.get_device(f"@cupy:{ranks.intra_rank}" if on_gpu else "@numpy")
+        device = chainer.get_device("@numpy" if gpu is None else f"@cupy:{gpu}")
         device.use()
         fresh = secrets.randbelow(2**31) if options.manual_seed is None else options.manual_seed
         seed = ranks.broadcast(fresh)
@@ -93,8 +93,8 @@ def started(options: Any, dtype: Any) -> Iterator[Machine]:
 
 def train(
     plan: Plan, iterator: Any, optimizer: Any, model: chainer.Link, machine: Machine, options: Any
-) -> dict[str, Any]:
-    """Train, write log, weights and result.json to `--out`; returns what that holds. All ranks call it."""
+) -> int:
+    """Train and write log, weights and result.json to `--out`; returns an exit status. All ranks call it."""
     ranks = machine.ranks
     ranks.share_parameters(optimizer)
     updater = StandardUpdater(iterator, optimizer, device=machine.device)
@@ -124,7 +124,7 @@ def train(
             chainer.serializers.save_npz(options.out / WEIGHTS_FILE, model)
         write_json(options.out / RESULT_FILE, result)
         print(message or f"{plan.best} {figures[-1]:.4f}", f"| {options.out / RESULT_FILE}", flush=True)
-    return result
+    return 0 if outcome == "finished" else DIVERGED
 
 
 def every(interval: int, last: int) -> Trigger:
@@ -193,15 +193,13 @@ def _skipped(optimizer: Any) -> int:
     return 0 if entry_scale is None else entry_scale.skipped
 
 
-def _look_at_machine(options: Any) -> tuple[bool, str]:
+def _look_at_machine(options: Any, ranks: Alone) -> tuple[int | None, str]:
     try:
         kernels.provider(options.kernels)
     except ImportError as error:
         raise InputError(str(error)) from None
-    on_gpu = options.device != "cpu" and gpu_is_there()
-    if options.device == "gpu" and not on_gpu:
-        raise InputError("--device gpu needs a GPU and CuPy, and there is none: use --device cpu.")
-    return on_gpu, choose_communicator(options.communicator, on_gpu)
+    gpu = choose_device(options.device, ranks)
+    return gpu, choose_communicator(options.communicator, on_gpu=gpu is not None)
 
 
 def _resume(trainer: Trainer, options: Any, plan: Plan, ranks: Alone) -> None:

@@ -84,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings={"scaling": scaling_name(options), **settings_of(options)},
         )
         iterator = BatchIterator(samples, schedule, options.loaderjob)
-        train(plan, iterator, optimizer, model, machine, options)
-    return 0
+        return train(plan, iterator, optimizer, model, machine, options)
 
 
 def load_weights(path: Path) -> np.ndarray:

@@ -139,12 +139,14 @@ def test_two_ranks_train_on_what_one_would(tmp_path):
     [
         (("--data-dir", "nowhere"), ("CIFAR-10 is not in nowhere", "cifar-10-python.tar.gz")),
         (("--n_layer", "21"), ("--n_layer",)),
+        (("--gpu", "0", "--dataset", "digits"), ("--device 0 needs a GPU",)),
         (("--loss_scale", "3", "--dataset", "digits"), ("power of two",)),
         (("--dataset", "digits", "--resume", "nowhere"), ("no complete checkpoint",)),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, words):
-    assert_one_sentence(run(SCRIPT, *arguments, "--out", tmp_path), *words)
+    finished = run(SCRIPT, *arguments, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert_one_sentence(finished, *words)
 
 
 def test_bad_input_is_one_sentence_on_two_ranks(tmp_path):
