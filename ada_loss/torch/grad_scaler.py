@@ -17,6 +17,7 @@ from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch.backward_mode import BackwardMode, backward
 from ada_loss.torch.entry_scale import EntryScaleOnDevice
 from ada_loss.torch.masters import Masters
+from ada_loss.torch.overflow import where_it_began
 from ada_loss.torch.scaled_loss import ScaledLoss, scaled_loss
 from ada_loss.torch.shifts import Shifts, shifts_for
 
@@ -69,7 +70,7 @@ class GradScaler(torch.amp.GradScaler):
         self._device = torch.device(device).type
         self._config = config or AdaLossConfig()
         self._entry = EntryScaleOnDevice.from_config(self._config)
-        self._differentiations = self._entered = 0
+        self._differentiations = self._entered = self._skips_seen = 0
         self._loss_finite: torch.Tensor | None = None
         self._said_no_float16 = False
         self._masters: list[tuple[torch.optim.Optimizer, Masters]] = []
@@ -148,8 +149,12 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return super().step(optimizer, *args, **kwargs)
         self._check_differentiated("step")
+        skips = self._skips_seen
         with self._masters_of(optimizer).swapped_in(optimizer):
-            return super().step(optimizer, *args, **kwargs)
+            result = super().step(optimizer, *args, **kwargs)
+        if self._skips_seen > skips:
+            logger.warning("A step was skipped: %s.", self._reason(optimizer))
+        return result
 
     def _masters_of(self, optimizer: torch.optim.Optimizer) -> Masters:
         """The masters of an optimizer; optimizers are told apart by the order of their first steps."""
@@ -181,13 +186,14 @@ class GradScaler(torch.amp.GradScaler):
     ) -> float | None:
         if not sum(found.item() for found in optimizer_state["found_inf_per_device"].values()):
             return optimizer.step(*args, **kwargs)
-        logger.warning("A step was skipped: %s.", self._reason())
+        self._skips_seen += 1
         return None
 
-    def _reason(self) -> str:
+    def _reason(self, optimizer: torch.optim.Optimizer) -> str:
         if self._loss_finite is not None and not self._loss_finite:
             return "the loss itself was not finite"
-        return "a gradient was not finite although the loss was"
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return f"the loss was finite, but {where_it_began(parameters)}"
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Lower all scales after a step that was skipped; after many good ones raise them again.

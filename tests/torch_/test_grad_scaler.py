@@ -29,7 +29,8 @@ def same(before, after):
 
 def overflowing(loss):
     """The loss, with an infinite gradient."""
-    return loss * torch.tensor(3e38) * 10
+    loss.register_hook(lambda gradient: gradient * math.inf)
+    return loss
 
 
 def test_passes_for_pytorchs_scaler():
@@ -94,7 +95,7 @@ def test_overflow_skips_the_step_and_is_counted(training, caplog):
         scaler.step(optimizer)
         scaler.update()
     assert same(before, weights_of(net)) and scaler.skipped == 1
-    assert "A step was skipped" in caplog.text
+    assert "A step was skipped: the loss was finite, but" in caplog.text
 
 
 def test_a_step_after_overflow_is_taken(training):
