@@ -42,7 +42,7 @@ def communication(comm: Any) -> dict[str, Any]:
 
 def exponents(comm: Any) -> dict[str, Any]:
     """What is lent of gradients that ranks see differently, if there were 64 ranks to add them up."""
-    from ada_loss.chainer.agreement import lend_at_agreed_exponents
+    from ada_loss.chainer.agreement import expose_at_agreed_exponents
     from ada_loss.chainer.gradient import InFlight
     from ada_loss.chainer.parameters import adopt
 
@@ -68,7 +68,7 @@ def exponents(comm: Any) -> dict[str, Any]:
             array, exponent = np.frexp(value)
             parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
         parameters.append(parameter)
-    agreed = lend_at_agreed_exponents(parameters, Many()).exponents
+    agreed = expose_at_agreed_exponents(parameters, Many()).exponents
     lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
     return {
         **{name: np.zeros(0) if array is None else array for name, array in lent.items()},

@@ -16,10 +16,10 @@ from ada_loss.core.deferred import fetch
 from ada_loss.core.formats import FLOAT16
 
 
-class Lent(NamedTuple):
+class Agreed(NamedTuple):
     """What ranks have agreed on before they average gradients.
 
-    exponents: of the parameters, for `ScaledParameter.reclaim`. others: the smallest of other numbers.
+    exponents: of the parameters, for `ScaledParameter.accept_average`. others: the smallest of other numbers.
     finite: whether each parameter's gradient is finite on this rank. overflows: whether one on any is not.
     """
 
@@ -29,14 +29,14 @@ class Lent(NamedTuple):
     overflows: bool
 
 
-def lend_at_agreed_exponents(
+def expose_at_agreed_exponents(
     parameters: list[ScaledParameter], communicator: Any, others: Sequence[int] = ()
-) -> Lent:
+) -> Agreed:
     """Show every parameter's gradient to the communicator: true, but for one exponent that all ranks agree
     on.
 
     It is the largest at which the ranks' gradients can be added in float16, as some communicators do, and
-    rounding to float16 costs nothing that the sum would show. A rank without a gradient lends zeros where
+    rounding to float16 costs nothing that the sum would show. A rank without a gradient adds zeros where
     another has one.
 
     parameters: the same on all ranks, in the same order. others: numbers of which the same reduction finds
@@ -57,9 +57,11 @@ def lend_at_agreed_exponents(
         if gradient is None and known != agreement.ABSENT:
             gradient = xp.zeros(parameter.shape, np.promote_types(parameter.dtype, np.float32))
         # Communicators send memory as it lies, and some receive it in C's order.
-        parameter.lend(None if gradient is None else xp.ascontiguousarray(shifted(gradient, exponent)))
+        parameter.expose_for_average(
+            None if gradient is None else xp.ascontiguousarray(shifted(gradient, exponent))
+        )
     finite = [bid != agreement.OVERFLOW for bid in bids]
-    return Lent(exponents, smallest[len(bids) :], finite, agreement.OVERFLOW in agreed)
+    return Agreed(exponents, smallest[len(bids) :], finite, agreement.OVERFLOW in agreed)
 
 
 def agreed_by_all(mine: StepMeasurements, *, communicator: Any) -> StepMeasurements:

@@ -10,7 +10,7 @@ import chainer
 import numpy as np
 
 from ada_loss.arrays.library import cast
-from ada_loss.chainer.parameters import ScaledParameter
+from ada_loss.chainer.parameters import Gradient, ScaledParameter
 
 
 @contextmanager
@@ -34,25 +34,23 @@ def true_gradients_on_masters(
         for parameter in parameters:
             if parameter.array is not None:
                 with chainer.using_device(parameter.device):
-                    before = _expose(parameter, fleeting=id(parameter) not in keep)
+                    before = _expose(parameter, once=id(parameter) not in keep)
                 exposed.callback(_conceal, parameter, *before)
         yield
 
 
-def _expose(parameter: ScaledParameter, *, fleeting: bool) -> tuple[Any, Any, Any]:
-    before = (parameter.array, parameter._in_flight, parameter._settled())
-    half = parameter.array.dtype == np.float16
-    if half:
+def _expose(parameter: ScaledParameter, *, once: bool) -> tuple[Any, Gradient]:
+    half = parameter.array
+    if half.dtype == np.float16:
         # Before anything else, since memory may be too short for it.
-        parameter.master = _reconciled(parameter.master, parameter.array)
-    parameter._hold(parameter._present())
-    parameter._plain, parameter._fleeting = True, fleeting
-    if half:
+        parameter.master = _reconciled(parameter.master, half)
+    gradient = parameter.expose_to_update(once=once)
+    if half.dtype == np.float16:
         parameter.array = parameter.master
-    return before
+    return half, gradient
 
 
-def _conceal(parameter: ScaledParameter, half: Any, in_flight: Any, settled: Any) -> None:
+def _conceal(parameter: ScaledParameter, half: Any, gradient: Gradient) -> None:
     try:
         if half.dtype == np.float16:
             with chainer.using_device(parameter.device):
@@ -61,8 +59,7 @@ def _conceal(parameter: ScaledParameter, half: Any, in_flight: Any, settled: Any
     finally:
         if half.dtype == np.float16:
             parameter.array = half
-        parameter._set_grad_without_check(settled)
-        parameter._in_flight, parameter._plain, parameter._fleeting = in_flight, False, False
+        parameter.conceal(gradient)
 
 
 def _reconciled(master: Any, half: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from chainermn.optimizers import _DoubleBufferingOptimizer
 
 from ada_loss.chainer import origin, running_statistics
-from ada_loss.chainer.agreement import agreed_by_all, lend_at_agreed_exponents
+from ada_loss.chainer.agreement import agreed_by_all, expose_at_agreed_exponents
 from ada_loss.chainer.optimizer import (
     compute_gradients,
     prepare_in_place,
@@ -56,18 +56,20 @@ class PreparedMultiNodeOptimizer:
         parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
         policies = [scope.policy for scope in scopes(target)]
         nothing_begun = [int(not policy.has_measurements) for policy in policies]
-        lent = lend_at_agreed_exponents(parameters, self.communicator, nothing_begun)
-        if lent.overflows:
-            bad = [parameter for parameter, finite in zip(parameters, lent.finite, strict=True) if not finite]
+        agreed = expose_at_agreed_exponents(parameters, self.communicator, nothing_begun)
+        if agreed.overflows:
+            bad = [
+                parameter for parameter, finite in zip(parameters, agreed.finite, strict=True) if not finite
+            ]
             self.actual_optimizer.foreseen_skip = self._where_it_began(bad)
         # Until now its graph could tell where numbers stopped being finite.
         del loss
         try:
             self.communicator.multi_node_mean_grad(target, self.zero_fill)
         finally:
-            for parameter, exponent in zip(parameters, lent.exponents, strict=True):
-                parameter.reclaim(exponent)
-        for policy, nothing in zip(policies, lent.others, strict=True):
+            for parameter, exponent in zip(parameters, agreed.exponents, strict=True):
+                parameter.accept_average(exponent)
+        for policy, nothing in zip(policies, agreed.others, strict=True):
             # What one rank has begun to measure, perhaps of a layer with a timing of its own, concerns all.
             if not nothing:
                 policy.use_measurements(partial(agreed_by_all, communicator=self.communicator))

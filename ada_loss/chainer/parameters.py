@@ -8,24 +8,25 @@ hooks.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any
 
 import chainer
 import numpy as np
 from chainer.variable import _allow_array_access_with_nonstandard_layout
 
-from ada_loss.arrays.library import cast
 from ada_loss.chainer import backward_state
-from ada_loss.chainer.gradient import InFlight, add, shifted
+from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.held import TRUE, Carried, Held
 
-_State = dict[str, Any]
+Gradient = tuple[Held | None, Any]
+"""What a parameter has in flight, and what in Chainer's own place for gradients; None stands for nothing."""
+
+State = dict[str, Any]
+"""All of a parameter that makes up its gradient."""
 
 _STATE = ("_in_flight", "_grad", "_grad_var", "_grad_valid", "_scoped")
 """The attributes that make up a parameter's gradient."""
-
-_TRUE = 1.0, 0
-"""What a true gradient carries: a factor and an exponent."""
 
 UNPREPARED = (
     "The gradient of parameter {name} is still scaled: call ada_loss.chainer.prepare(optimizer) after "
@@ -33,28 +34,13 @@ UNPREPARED = (
 )
 
 
-class _Held(NamedTuple):
-    """A gradient in flight that carries `factor`, in [1, 2), besides its exponent: the rest of a loss scale
-    that is no power of two."""
+class Access(Enum):
+    """Who looks at a parameter's gradient at the moment."""
 
-    gradient: InFlight
-    factor: float = 1.0
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.gradient.array.dtype
-
-    def true(self) -> Any:
-        """The true gradient as a new array of at least float32."""
-        return self.carrying(*_TRUE)
-
-    def carrying(self, factor: float, exponent: int) -> Any:
-        """The true gradient times `factor` * 2**`exponent`, as a new array of at least float32."""
-        array, mine = self.gradient
-        wide = shifted(array, exponent - mine, np.promote_types(array.dtype, np.float32))
-        if self.factor != factor:
-            return wide / wide.dtype.type(self.factor / factor)
-        return wide.copy() if wide is array else wide
+    ANYBODY = "code, which is shown the true gradient"
+    UPDATE = "an optimizer at work, and hooks after it"
+    UPDATE_ONCE = "an optimizer at work, and nobody after the parameter's own update"
+    AVERAGE = "a communicator, which averages over processes in place"
 
 
 class ScaledParameter(chainer.Parameter):
@@ -68,22 +54,15 @@ class ScaledParameter(chainer.Parameter):
     that carry what those carry that it is handed: see `backward_state.carrying`.
     """
 
-    _in_flight: _Held | None = None
+    _in_flight: Held | None = None
     """The gradient as long as nobody has asked for the true one; its array is never modified in place."""
 
     _scoped = False
     """Whether a scope contributed since the gradient was cleared, so that only a prepared optimizer may use
     it."""
 
-    _plain = False
-    """Whether the parameter behaves as Chainer's own, because an optimizer or a communicator is at work on
-    it."""
-
-    _shown: Any = None
-    """The array that was shown to code inside a backward pass, which may change it in place."""
-
-    _fleeting = False
-    """Whether the true gradient that an update asks for is given up after it."""
+    _access = Access.ANYBODY
+    """Who looks at it: to an optimizer and a communicator the parameter behaves as Chainer's own."""
 
     unscaled = False
     """Whether float16 gradients have arrived, since they were cleared, that nothing has scaled."""
@@ -111,12 +90,12 @@ class ScaledParameter(chainer.Parameter):
         present = self._present()
         if present is None or self.dtype == np.float16:
             return None
-        factor, exponent = _split(loss_scale)
-        if present.factor != factor or present.dtype != self.dtype:
+        carried = Carried.of(loss_scale)
+        if present.factor != carried.factor or present.dtype != self.dtype:
             return None
         self._note_change()
         self._hold(None)
-        return InFlight(present.gradient.array, present.gradient.exponent - exponent)
+        return InFlight(present.gradient.array, present.gradient.exponent - carried.exponent)
 
     def true_gradient(self) -> Any:
         """The gradient without any scale: float32 (float64 for a float64 parameter), a new array; None if
@@ -128,44 +107,52 @@ class ScaledParameter(chainer.Parameter):
             return present.true()
 
     def arrays(self) -> list[Any]:
-        """Arrays that are finite exactly if the true gradient is.
-
-        A gradient in flight may be finite although the true one is not, where it was scaled down.
-        """
+        """Arrays that are finite exactly if the true gradient is."""
         present = self._present()
         if present is None:
             return []
-        room = np.finfo(np.promote_types(present.dtype, np.float32)).maxexp - np.finfo(present.dtype).maxexp
-        array, exponent = present.gradient
-        if exponent >= -room:
-            return [array]
         with chainer.using_device(self.device):
-            largest = abs(array.ravel()).max(initial=0, keepdims=True)
-            return [_Held(InFlight(largest, exponent), present.factor).true()]
+            return [present.as_finite()]
 
     def fill(self) -> None:
         """Hold zeros where there is no gradient, without an array of their size."""
         if self._present() is None:
             with chainer.using_device(self.device):
                 zero = self.xp.zeros((), np.promote_types(self.dtype, np.float32))
-                self._in_flight = _Held(InFlight(self.xp.broadcast_to(zero, self.shape)))
+                self._in_flight = Held(InFlight(self.xp.broadcast_to(zero, self.shape)))
 
     def update(self) -> None:
-        held = self._in_flight if self._fleeting else None
+        held = self._in_flight if self._access is Access.UPDATE_ONCE else None
         super().update()
         if held is not None:
             self._hold(held)
 
-    def lend(self, array: Any) -> None:
-        """Show `array` as a plain gradient of Chainer's, for a communicator to average in place; `reclaim`
-        ends it."""
-        self._in_flight, self._plain = None, True
+    def expose_to_update(self, *, once: bool) -> Gradient:
+        """Behave as Chainer's own, for an optimizer, until `conceal` takes what this returns.
+
+        once: whether the true gradient is given up after the parameter's own update.
+        """
+        before = self._in_flight, self._settled()
+        self._hold(self._present())
+        self._access = Access.UPDATE_ONCE if once else Access.UPDATE
+        return before
+
+    def conceal(self, before: Gradient) -> None:
+        """Hold the gradient from before an update again."""
+        held, settled = before
+        self._set_grad_without_check(settled)
+        self._in_flight, self._access = held, Access.ANYBODY
+
+    def expose_for_average(self, array: Any) -> None:
+        """Show `array` as a plain gradient of Chainer's, for a communicator to average in place, until
+        `accept_average`."""
+        self._in_flight, self._access = None, Access.AVERAGE
         self._set_grad_without_check(array)
 
-    def reclaim(self, exponent: int) -> None:
+    def accept_average(self, exponent: int) -> None:
         """Take the averaged array, which carries `exponent`, as the gradient."""
         array = self._settled()
-        self._plain = False
+        self._access = Access.ANYBODY
         if array is not None:
             self._set_grad_without_check(shifted(array, -exponent))
 
@@ -195,7 +182,7 @@ class ScaledParameter(chainer.Parameter):
         if self.master is not None:
             self.master = self.device.send(self.master)
 
-    def exchange(self, held: _State | None = None) -> _State:
+    def exchange(self, held: State | None = None) -> State:
         """What makes up the gradient at the moment; `held`, from another moment, takes its place if given."""
         now = {name: getattr(self, name) for name in _STATE}
         if held is not None:
@@ -207,7 +194,7 @@ class ScaledParameter(chainer.Parameter):
         if backward_state.in_chainers_engine():
             # It would take the gradient for a part of what it computes, with the same scale, and add to it.
             return None
-        if _carried() != _TRUE:
+        if _carried() != TRUE:
             array = self._show()
             return None if array is None else chainer.Variable(array)
         self._settle()
@@ -229,7 +216,7 @@ class ScaledParameter(chainer.Parameter):
         pass
 
     def _get_grad(self) -> Any:
-        if self._scoped and not self._plain and _allow_array_access_with_nonstandard_layout():
+        if self._scoped and self._access is Access.ANYBODY and _allow_array_access_with_nonstandard_layout():
             # Only optimizers and update rules look at gradients this way, before they do anything else.
             raise RuntimeError(UNPREPARED.format(name=self.name))
         return self._show()
@@ -266,54 +253,52 @@ class ScaledParameter(chainer.Parameter):
     def _show(self) -> Any:
         """The gradient for code to read, and to change in place: true but for what it carries there."""
         self._note_change()
-        factor, exponent = _carried()
-        if (factor, exponent) == _TRUE:
+        carried = _carried()
+        if carried == TRUE:
             self._settle()
             return super()._get_grad()
         held = self._present()
         if held is None:
             return None
-        array = held.gradient.array
-        if array is not self._shown or (held.factor, held.gradient.exponent) != (factor, exponent):
+        if not held.shown or held.carried != carried:
             with chainer.using_device(self.device):
-                array = held.carrying(factor, exponent)
-            self._hold(_Held(InFlight(array, exponent), factor))
-            self._shown = array
-        return array
+                held = Held.of(held.carrying(carried), carried, shown=True)
+            self._hold(held)
+        return held.gradient.array
 
     def _take_as_carrying(self, array: Any) -> None:
         """Take an array that code has just assigned for what it is there."""
-        factor, exponent = _carried()
-        if array is not None and (factor, exponent) != _TRUE:
-            self._hold(_Held(InFlight(array, exponent), factor))
-            self._shown = array
-            self._scoped |= exponent != 0 and self.home is not None
+        carried = _carried()
+        if array is not None and carried != TRUE:
+            self._hold(Held.of(array, carried, shown=True))
+            self._scoped |= carried.exponent != 0 and self.home is not None
 
     def _note_change(self) -> None:
         """Keep what the gradient is, if code is running whose changes may be undone."""
         if backward_state.changes().keep(self, self.exchange()):
             # What is kept must not be changed in place.
-            self._shown = None
+            if self._in_flight is not None:
+                self._in_flight = self._in_flight._replace(shown=False)
             if (settled := self._settled()) is not None:
                 self._set_grad_without_check(settled.copy())
 
     def _add(self, gradient: InFlight, loss_scale: float) -> None:
-        factor, exponent = _split(loss_scale)
-        present, new = self._present(), _Held(InFlight(gradient.array, gradient.exponent + exponent), factor)
+        carried = Carried.of(loss_scale, gradient.exponent)
+        present, new = self._present(), Held.of(gradient.array, carried)
         if present is None:
             self._hold(new)
             return
         with chainer.using_device(self.device):
-            self._hold(_sum(present, new))
+            self._hold(present.plus(new))
 
-    def _present(self) -> _Held | None:
+    def _present(self) -> Held | None:
         """The gradient as it is: in flight, or true in Chainer's own place for gradients."""
         if self._in_flight is not None:
             return self._in_flight
         settled = self._settled()
-        return None if settled is None else _Held(InFlight(settled))
+        return None if settled is None else Held(InFlight(settled))
 
-    def _hold(self, held: _Held | None) -> None:
+    def _hold(self, held: Held | None) -> None:
         self._set_grad_without_check(None)
         self._in_flight = held
 
@@ -356,29 +341,13 @@ def adopt(parameter: chainer.Parameter) -> ScaledParameter:
         scale = vars(parameter).pop("_loss_scale", None)
         parameter.__class__ = _SCALED[plain]
         if scale is not None and (array := parameter._settled()) is not None:
-            parameter._set_grad_without_check(_Held(InFlight(array), scale).true())
+            parameter._set_grad_without_check(Held(InFlight(array), scale).true())
     return parameter
 
 
-def _carried() -> tuple[float, int]:
-    """The factor and the exponent that gradients carry which user code reads and writes at the moment."""
-    factor, exponent = _split(backward_state.loss_scale())
-    return factor, exponent + backward_state.exponent()
-
-
-def _split(loss_scale: float) -> tuple[float, int]:
-    """A factor in [1, 2) and an exponent, whose power of two times the factor is the loss scale."""
-    half, exponent = math.frexp(loss_scale)
-    return 2 * half, exponent - 1
-
-
-def _sum(present: _Held, new: _Held) -> _Held:
-    """The sum in at least float32; without any scale where the two carry different factors."""
-    if present.factor != new.factor:
-        present, new = _Held(InFlight(present.true())), _Held(InFlight(new.true()))
-    wide = np.promote_types(np.promote_types(present.dtype, new.dtype), np.float32)
-    parts = [InFlight(cast(held.gradient.array, wide), held.gradient.exponent) for held in (present, new)]
-    return _Held(add(parts), present.factor)
+def _carried() -> Carried:
+    """What gradients carry which user code reads and writes at the moment."""
+    return Carried.of(backward_state.loss_scale(), backward_state.exponent())
 
 
 def _recover(plain: tuple[Any, ...], master: Any, scoped: bool) -> ScaledParameter:
