@@ -288,7 +288,7 @@ def _forgotten(
 ) -> Inputs:
     """Recompute a forgotten part and go on through it; other leaves that it uses get their gradients here."""
     inputs = tuple(chainer.Variable(x.array) for x in function.get_retained_inputs())
-    recorder = tag.scope.recorder() if tag else nullcontext()
+    recorder = tag.scope.recorder() if tag and tag.by_call else nullcontext()
     with chainer.force_backprop_mode(), chainer.using_config("in_recomputing", True), recorder:
         outputs = _call_func(function.func, inputs)
     tag_graph((y.node, None) for y in outputs)

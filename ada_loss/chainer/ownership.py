@@ -6,12 +6,16 @@ backward pass starts: by the parameters that they use, and by what they use the 
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import chainer
 import numpy as np
+from chainer.functions.util.forget import Forget
 
 from ada_loss.chainer.fan_outs import find_fan_outs
 from ada_loss.chainer.parameters import adopt
@@ -34,13 +38,18 @@ class Home(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A function's owner, and the nearest decision point from it on upstream, by its path."""
+    """Where a function is.
 
-    scope: Any
-    path: str
+    scope: that of its owner, if it has one. path: of the nearest decision point from it on upstream. home: of
+    a parameter by which it is owned.
+    """
+
+    scope: Any = None
+    path: str = "/"
+    home: Home | None = None
 
 
-_NOWHERE = _Place(None, "/")
+_NOWHERE = _Place()
 
 
 def register(model: Any) -> None:
@@ -110,7 +119,7 @@ def tag_graph(outputs: Outputs) -> None:
     """Tag the functions of a graph that belong to a scaled model.
 
     Those are the functions that a model's call has tagged, those that use a parameter of a model, and, where
-    they are given float16, those that use only results of one model.
+    they are given float16, those that use results of one.
     """
     functions = sorted(upstream(outputs), key=lambda function: function.rank)
     if _models and any(_known_home(p) is None for function in functions for p in _parameters(function)):
@@ -119,15 +128,16 @@ def tag_graph(outputs: Outputs) -> None:
     scopes: dict[int, Any] = {}
     found: dict[Any, list[tuple[Any, str]]] = {}
     for function in functions:
-        places[function] = place = _place(function, places, scopes)
-        tag = tag_of(function)
-        if tag is None and _belongs(function, place):
-            tag = function.ada_loss_tag = Tag(place.scope, _point(function, place))
+        place, tag = _place(function, places, scopes), tag_of(function)
+        if tag is None and place.scope is not None:
             found.setdefault(place.scope.policy, []).append((function, place.path))
+            if _belongs(function, place):
+                tag = function.ada_loss_tag = Tag(place.scope, _point(function, place), by_call=False)
+        if tag is not None and tag.point is not None:
+            place = place._replace(path=tag.point.site.path)
         if tag is not None and not tag.scope.policy.has_met_float16:
             tag.scope.policy.has_met_float16 = any(x.dtype == np.float16 for x in function.inputs)
-        if tag is not None and tag.point is not None:
-            places[function] = _Place(place.scope, tag.point.site.path)
+        places[function] = place
     for policy, applied in found.items():
         if policy.fan_outs is None:
             policy.fan_outs = find_fan_outs(applied)
@@ -146,9 +156,13 @@ def upstream(outputs: Outputs) -> Iterator[Any]:
 
 
 def _parameters(function: Any) -> Iterator[Any]:
+    """The parameters that a function is given, or that the part of a model uses that it computes again."""
     for x in function.inputs:
         if x.creator_node is None and isinstance(variable := x.get_variable_or_none(), chainer.Parameter):
             yield variable
+    if isinstance(function, Forget):
+        for link in links_in(function.func):
+            yield from link.params()
 
 
 def _known_home(parameter: Any) -> Home | None:
@@ -162,32 +176,52 @@ def _home(function: Any) -> Home | None:
 
 
 def _place(function: Any, places: dict[Any, _Place], scopes: dict[int, Any]) -> _Place:
-    """A function's owner: by its tag, by its parameters, or that of all inputs that have one."""
-    before = [places.get(x.creator_node, _NOWHERE) for x in function.inputs if x.requires_grad]
-    owners = {place.scope.policy: place for place in before if place.scope is not None}
-    tag, home = tag_of(function), _home(function)
-    upstream = next((place.path for place in before if place.scope is not None), "/")
+    """A function's owner: by its tag, by its parameters, or that of the first of its inputs that has one."""
+    before = (places[x.creator_node] for x in function.inputs if x.creator_node in places)
+    upstream = next((place for place in before if place.scope is not None), _NOWHERE)
+    tag = tag_of(function)
     if tag is not None:
-        return _Place(tag.scope, upstream)
-    if home is not None:
-        model: Any = home.model()
-        if id(model) not in scopes:
-            scopes[id(model)] = model.ada_loss.scope(model)
-        return _Place(scopes[id(model)], home.path)
-    return next(iter(owners.values())) if len(owners) == 1 else _NOWHERE
+        return _Place(tag.scope, upstream.path)
+    home = _home(function)
+    if home is None:
+        return upstream._replace(home=None)
+    model: Any = home.model()
+    if id(model) not in scopes:
+        scopes[id(model)] = model.ada_loss.scope(model)
+    return _Place(scopes[id(model)], home.path, home)
 
 
 def _point(function: Any, place: _Place) -> Point | None:
     if not is_decision(function):
         return None
-    home = _home(function)
-    config = getattr(home.link(), "ada_loss_config", None) if home else None
+    config = getattr(place.home.link(), "ada_loss_config", None) if place.home else None
     return Point(Site(place.path, place.scope.policy.next_call(place.path)), config)
 
 
 def _belongs(function: Any, place: _Place) -> bool:
-    """Whether a function that no call has tagged belongs to the scope at its place."""
-    if place.scope is None or communicates(function):
+    """Whether a function at a place in a scope, which no call has tagged, is in the scope itself."""
+    if communicates(function):
         return False
-    narrow = any(x.requires_grad and x.dtype == np.float16 for x in function.inputs)
-    return narrow or _home(function) is not None
+    return place.home is not None or any(x.requires_grad and x.dtype == np.float16 for x in function.inputs)
+
+
+def links_in(function: Any) -> Iterator[chainer.Link]:
+    """The links that a callable is, is bound to, or refers to by its closure and arguments."""
+    waiting, seen = [function], set()
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, chainer.Link):
+            yield thing
+        elif isinstance(thing, tuple | list):
+            waiting += thing
+        elif isinstance(thing, MethodType):
+            waiting += [thing.__self__, thing.__func__]
+        elif isinstance(thing, partial):
+            waiting += [thing.func, *thing.args, *thing.keywords.values()]
+        elif isinstance(thing, FunctionType):
+            variables = inspect.getclosurevars(thing)
+            waiting += [*variables.nonlocals.values(), *variables.globals.values()]
+            waiting += thing.__defaults__ or ()

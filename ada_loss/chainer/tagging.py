@@ -26,10 +26,15 @@ class Point(NamedTuple):
 
 
 class Tag(NamedTuple):
-    """What a function in a scope carries. point: of a decision point; None for any other function."""
+    """What a function in a scope carries.
+
+    point: of a decision point; None for any other function. by_call: whether it is the model's call that has
+    applied the function.
+    """
 
     scope: Any
     point: Point | None = None
+    by_call: bool = True
 
 
 def tag_of(function: chainer.FunctionNode) -> Tag | None:
