@@ -55,10 +55,14 @@ UNSCALED = (
 
 
 class BackwardPass:
-    """One pass over a graph: gradients that have arrived, functions that wait, leaves that were reached."""
+    """One pass over a graph: gradients that have arrived, functions that wait, leaves that were reached.
 
-    def __init__(self, *, retain_grad: bool = False) -> None:
+    unscaled: whether it goes on with gradients from a pass that knows no scales.
+    """
+
+    def __init__(self, *, retain_grad: bool = False, unscaled: bool = False) -> None:
         self._retain_grad = retain_grad
+        self._unscaled = unscaled
         self._gradients: dict[VariableNode, list[InFlight]] = {}
         self._waiting: list[tuple[int, int, Any]] = []
         self._seen: set[Any] = set()
@@ -99,7 +103,8 @@ class BackwardPass:
                 continue
             if isinstance(variable, ScaledParameter):
                 variable.receive(gradient, backward_state.loss_scale(), scoped=scoped)
-                variable.unscaled |= leaf not in self._through_scopes and lacks_scale(gradient.array)
+                if self._unscaled or leaf not in self._through_scopes:
+                    variable.unscaled |= lacks_scale(variable)
             elif isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
                 # Without a scope in this pass, what the gradient was added to was in flight.
                 adopt(variable).receive(gradient, backward_state.loss_scale(), scoped=scoped)
@@ -366,10 +371,12 @@ def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) 
         with backward_state.noted(loss_scale, chainers=True):
             _chainers_engine(outputs, retain_grad, loss_scale)
     else:
+        unscaled = backward_state.in_chainers_engine()
         with backward_state.noted(loss_scale), origin.backward_from(node for node, _ in outputs):
             tag_graph(outputs)
             observing.before_pass(outputs, loss_scale, ours=True)
-            this, exponent = BackwardPass(retain_grad=retain_grad), backward_state.exponent()
+            this = BackwardPass(retain_grad=retain_grad, unscaled=unscaled)
+            exponent = backward_state.exponent()
             this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
             this.finish()
 

@@ -20,7 +20,9 @@ from chainer.functions.util.forget import Forget
 from ada_loss.chainer.fan_outs import find_fan_outs
 from ada_loss.chainer.parameters import adopt
 from ada_loss.chainer.products import is_decision
-from ada_loss.chainer.tagging import Point, Site, Tag, communicates, named_links, tag_of
+from ada_loss.chainer.tagging import Point, Site, Tag, communicates, given_to, named_links, tag_of
+from ada_loss.chainer.transforms import transform
+from ada_loss.chainer.user_functions import is_users
 
 Outputs = Iterable[tuple[Any, Any]]
 """Nodes at which a backward pass begins, with their gradients."""
@@ -65,7 +67,7 @@ def is_scaled(link: chainer.Link) -> bool:
 
 
 def claim() -> None:
-    """Note in every parameter of a scaled model where it is.
+    """Note in every parameter of a scaled model where it is; layers that have been added become variants.
 
     Of several models that share one it is the first, and of models inside one another the outermost.
     """
@@ -81,6 +83,7 @@ def claim() -> None:
                     if id(parameter) not in homes:
                         homes[id(parameter)] = Home(weakref.ref(model), weakref.ref(link), path)
                         adopt(parameter).home = homes[id(parameter)]
+            model.ada_loss.report = transform(found, model.ada_loss.policy.parts)
 
 
 def owner_of(parameter: Any) -> Any:
@@ -156,12 +159,12 @@ def upstream(outputs: Outputs) -> Iterator[Any]:
 
 
 def _parameters(function: Any) -> Iterator[Any]:
-    """The parameters that a function is given, or that the part of a model uses that it computes again."""
+    """The parameters that a function is given, or that the part of a model has that it computes again."""
     for x in function.inputs:
         if x.creator_node is None and isinstance(variable := x.get_variable_or_none(), chainer.Parameter):
             yield variable
-    if isinstance(function, Forget):
-        for link in links_in(function.func):
+    if isinstance(function, Forget) or is_users(function):
+        for link in links_in(function.func if isinstance(function, Forget) else vars(function)):
             yield from link.params()
 
 
@@ -194,8 +197,10 @@ def _place(function: Any, places: dict[Any, _Place], scopes: dict[int, Any]) -> 
 def _point(function: Any, place: _Place) -> Point | None:
     if not is_decision(function):
         return None
-    config = getattr(place.home.link(), "ada_loss_config", None) if place.home else None
-    return Point(Site(place.path, place.scope.policy.next_call(place.path)), config)
+    own = getattr(place.home.link(), "ada_loss_config", None) if place.home else None
+    name, config = given_to(function)
+    path = name or place.path
+    return Point(Site(path, place.scope.policy.next_call(path)), config or own)
 
 
 def _belongs(function: Any, place: _Place) -> bool:
@@ -206,7 +211,7 @@ def _belongs(function: Any, place: _Place) -> bool:
 
 
 def links_in(function: Any) -> Iterator[chainer.Link]:
-    """The links that a callable is, is bound to, or refers to by its closure and arguments."""
+    """The links that a callable is, is bound to, or refers to by its closure, arguments and attributes."""
     waiting, seen = [function], set()
     while waiting:
         thing = waiting.pop()
@@ -217,6 +222,8 @@ def links_in(function: Any) -> Iterator[chainer.Link]:
             yield thing
         elif isinstance(thing, tuple | list):
             waiting += thing
+        elif isinstance(thing, dict):
+            waiting += thing.values()
         elif isinstance(thing, MethodType):
             waiting += [thing.__self__, thing.__func__]
         elif isinstance(thing, partial):
@@ -225,3 +232,5 @@ def links_in(function: Any) -> Iterator[chainer.Link]:
             variables = inspect.getclosurevars(thing)
             waiting += [*variables.nonlocals.values(), *variables.globals.values()]
             waiting += thing.__defaults__ or ()
+        elif callable(thing) and not isinstance(thing, type):
+            waiting += getattr(thing, "__dict__", {}).values()

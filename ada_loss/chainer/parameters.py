@@ -324,9 +324,9 @@ class ScaledParameter(chainer.Parameter):
         return _recover, (super().__reduce__(), self.master, self._scoped)
 
 
-def lacks_scale(gradient: Any) -> bool:
+def lacks_scale(values: Any) -> bool:
     """Whether an array that has come through no scope is float16, and its pass has no loss scale either."""
-    return bool(gradient.dtype == np.float16 and backward_state.loss_scale() == 1)
+    return bool(values.dtype == np.float16 and backward_state.loss_scale() == 1)
 
 
 _SCALED: dict[type, type] = {chainer.Parameter: ScaledParameter}

@@ -21,7 +21,6 @@ from ada_loss.chainer.scaling import Scaling
 from ada_loss.chainer.settings import config_of, dtype_of_results, require_link, require_parts
 from ada_loss.chainer.snapshot import load_optional
 from ada_loss.chainer.tagging import active_recorder, named_links
-from ada_loss.chainer.transforms import transform
 
 NAME = "ada_loss"
 """The one name that a scaled model has besides its own: of its attribute, and of its state in saved files."""
@@ -94,10 +93,9 @@ class AdaLossScaled(Watched, chainer.Link):
         require_parts(filter, layers)
         _check(link)
         parts = parts_of(named_links(link), filter, layers, config)
-        report = transform(link, parts)
         engine.install()
         become(link, _scaled_class(cls, type(link)))
-        vars(link)[NAME] = Scaling(ChainerPolicy(config, parts), report, dtype)
+        vars(link)[NAME] = Scaling(ChainerPolicy(config, parts), dtype)
         ownership.register(link)
         ownership.claim()
         return link

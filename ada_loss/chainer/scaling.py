@@ -21,14 +21,14 @@ from ada_loss.core.decision import Decision
 class Scaling:
     """The settings, shifts and report of a model that `AdaLossScaled` has scaled.
 
-    policy: the shifts and the entry scale. report: what the transform converted and what it left, and why.
+    policy: the shifts and the entry scale. report: which layers were converted, which were left, and why.
     output_dtype: what float16 results of the model's call are cast to; None leaves them. told: what has been
     said of the model, and is said once.
     """
 
-    def __init__(self, policy: ChainerPolicy, report: Report, output_dtype: np.dtype[Any] | None) -> None:
+    def __init__(self, policy: ChainerPolicy, output_dtype: np.dtype[Any] | None) -> None:
         self.policy = policy
-        self.report = report
+        self.report = Report({}, {})
         self.output_dtype = output_dtype
         self.told: set[str] = set()
         self._paths = LinkPaths()
@@ -60,4 +60,6 @@ class Scaling:
         policy = ChainerPolicy(self.config, self.policy.parts)
         if not fresh:
             policy.load_json(self.policy.to_json())
-        return Scaling(policy, self.report, self.output_dtype)
+        copied = Scaling(policy, self.output_dtype)
+        copied.report = self.report
+        return copied

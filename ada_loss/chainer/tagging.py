@@ -42,6 +42,24 @@ def tag_of(function: chainer.FunctionNode) -> Tag | None:
     return getattr(function, "ada_loss_tag", None)
 
 
+def given_to(function: chainer.FunctionNode) -> tuple[str | None, AdaLossConfig | None]:
+    """The name and the settings that a function was applied with outside of every call (`Naming`)."""
+    return getattr(function, "ada_loss_given", (None, None))
+
+
+class Naming(chainer.FunctionHook):
+    """Within it functions get a name and settings, for the scope that a backward pass will find them in."""
+
+    def __init__(self, name: str | None, config: AdaLossConfig | None) -> None:
+        # Several of them may be inside one another, of which Chainer calls the innermost last.
+        self.name = f"AdaLossNaming {id(self)}"
+        self._given = name, config
+
+    def forward_postprocess(self, function: Any, in_data: Any) -> None:
+        (name, config), (around, settings_around) = self._given, given_to(function)
+        function.ada_loss_given = name or around, config or settings_around
+
+
 def communicates(function: chainer.FunctionNode) -> bool:
     """Whether a function hands gradients to other processes on the way back."""
     implementation = function.function if isinstance(function, chainer.function.FunctionAdapter) else function

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import chainer
 
 from ada_loss.chainer.links import LAYERS, as_variant
-from ada_loss.chainer.parameters import adopt
-from ada_loss.chainer.tagging import named_links
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,14 @@ class Report:
         return "\n".join(lines)
 
 
-def transform(link: chainer.Link, refused: Container[str] = ()) -> Report:
-    """Turn every layer from `link` downwards into its variant, in place, but for those whose path is refused.
+def transform(links: Mapping[str, chainer.Link], refused: Container[str] = ()) -> Report:
+    """Turn layers into their variants, in place, but for those whose path is refused; says what was done.
 
-    Layers keep their identity, parameters, hooks and names.
+    Layers keep their identity, parameters, hooks and names. links: those of a model, by path.
     """
     converted: dict[str, str] = {}
     left: dict[str, str] = {}
-    for path, layer in named_links(link).items():
+    for path, layer in links.items():
         if not layer._params:
             continue
         if path in refused:
@@ -47,6 +45,4 @@ def transform(link: chainer.Link, refused: Container[str] = ()) -> Report:
             left[path] = (
                 f"{type(layer).__name__} is no layer with a variant: only functions in it are decision points"
             )
-    for parameter in link.params():
-        adopt(parameter)
     return Report(converted, left)

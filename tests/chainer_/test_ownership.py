@@ -334,3 +334,96 @@ def test_in_float32_two_models_in_a_row_keep_every_bit(rng):
     x = draw(rng)
     assert_same_bits(gradients(scaled, run, [x])[1], gradients(plain, run, [x])[1])
     assert scaled.first.ada_loss.decisions and scaled.second.ada_loss.decisions
+
+
+class TestPartsThatAreComputedAgain:
+    """In float16 nothing of a model shows in the graph but the function that computes a part of it again."""
+
+    def gradient(self, make, rng):
+        with dtype("mixed16"):
+            model = ada.AdaLossScaled(Net())
+        x = draw(rng).astype(np.float16)
+        optimizer = prepared(model, chainer.optimizers.SGD(0))
+        optimizer.update(lambda: weighted_sum(make(model, chainer.Variable(x))) * TINY)
+        plain = Net()
+        plain.copyparams(model)
+        expected = gradients(plain, lambda m, x: weighted_sum(m.decode(m.body(x))), [x.astype(np.float32)])[1]
+        return signal_to_noise(model.body[0].W.grad / TINY, expected["/body/0/W"])
+
+    class Again(chainer.FunctionNode):
+        """Computes a callable without a graph, and with one on the way back."""
+
+        def __init__(self, call):
+            self.call = call
+
+        def forward(self, inputs):
+            self.retain_inputs((0,))
+            with chainer.no_backprop_mode():
+                return (self.call(chainer.Variable(*inputs)).array,)
+
+        def backward(self, targets, gys):
+            x = chainer.Variable(self.get_retained_inputs()[0].array)
+            with chainer.force_backprop_mode():
+                y = self.call(x)
+            y.grad_var = gys[0]
+            y.backward()
+            return (x.grad_var,)
+
+    WAYS = {
+        "a method": lambda model, x: F.forget(model.forward, x),
+        "a closure": lambda model, x: F.forget(lambda h: model.decode(model.body(h)), x),
+        "an object": lambda model, x: F.forget(Held(model), x),
+        "a function of the script's own": lambda model, x: TestPartsThatAreComputedAgain.Again(
+            model.forward
+        ).apply((x,))[0],
+    }
+
+    @pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
+    def test_belong_to_what_they_refer_to(self, make, rng):
+        assert self.gradient(make, rng) > 30
+
+    def test_that_refer_to_a_model_in_secret_are_told_of(self, rng, caplog):
+        hidden = {}
+
+        class Secret:
+            def __call__(self, x):
+                model = hidden["model"]
+                return model.decode(model.body(x))
+
+        def make(model, x):
+            hidden["model"] = model
+            return F.forget(Secret(), x)
+
+        assert self.gradient(make, rng) < 10
+        assert "outside every scaled model" in caplog.text
+
+
+class Held:
+    """Calls a model's parts."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        return self.model.decode(self.model.body(x))
+
+
+class TestNames:
+    def test_of_functions_outside_a_call_hold_as_inside(self, rng):
+        model = wrapped_copy(Net())
+        fixed = ada.AdaLossConfig(loss_scale_method="fixed")
+        with ada.functions.named("outer"), ada.functions.named("inner"):
+            h = F.linear(draw(rng), model.body[0].W)
+        y = ada.functions.linear(h[:, :4], model.head[0].W, name="mine", config=fixed)
+        weighted_sum(y).backward()
+        found = {decision.site.path: decision.rule.name for decision in model.ada_loss.decisions}
+        assert found["mine"] == "fixed"
+
+
+def test_layers_that_are_added_become_variants_when_an_optimizer_is_prepared(rng):
+    with dtype("mixed16"):
+        model = ada.AdaLossScaled(Net())
+        model.head.append(L.Linear(4, 2))
+    prepared(model)
+    assert model.ada_loss.report.converted["/head/2"] == "AdaLossLinear"
+    assert model.head[2](draw(rng)).dtype == np.float16

@@ -11,6 +11,7 @@ from chainercv.links import PickableSequentialChain
 
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer.links import ScaledLayer
+from ada_loss.chainer.tagging import named_links
 from ada_loss.chainer.transforms import transform
 from ada_loss.core.decision import Site
 from helpers import dtype
@@ -85,7 +86,7 @@ CONTAINERS = {
 def test_every_layer_of_a_container_becomes_a_variant(name):
     link = CONTAINERS[name][0]()
     layers = [child for child in link.links() if isinstance(child, L.Linear)]
-    report = transform(link)
+    report = transform(named_links(link))
     assert all(isinstance(layer, ScaledLayer) for layer in layers)
     assert len(report.converted) == len({id(layer) for layer in layers})
     expected = CONTAINERS[name][1]
@@ -117,9 +118,9 @@ def test_files_of_a_plain_container_load_into_the_transformed_one_and_back(name,
 
 def test_a_transform_again_changes_nothing(rng):
     link = Listed()
-    first = transform(link)
+    first = transform(named_links(link))
     classes = [type(child) for child in link.links()]
-    assert transform(link) == first
+    assert transform(named_links(link)) == first
     assert [type(child) for child in link.links()] == classes
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import chainer.functions as F
 
 from ada_loss.chainer.settings import require_config
-from ada_loss.chainer.tagging import active_recorder
+from ada_loss.chainer.tagging import Naming, active_recorder
 from ada_loss.core.config import AdaLossConfig
 
 
 def named(name: str | None = None, config: AdaLossConfig | None = None) -> AbstractContextManager[None]:
     """Within it decision points are recorded under `name`, and choose by `config`; None leaves what would be.
 
-    Without effect outside `AdaLossScaled`.
+    Without effect on what is no part of a scaled model.
     """
     require_config(config)
     recorder = active_recorder()
-    return nullcontext() if recorder is None else recorder.named(name, config)
+    return Naming(name, config) if recorder is None else recorder.named(name, config)
 
 
 def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
