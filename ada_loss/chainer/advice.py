@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import chainer
-from chainer.utils.type_check import InvalidType
 
-if TYPE_CHECKING:
-    from ada_loss.chainer.scaling import Scaling
+from ada_loss.chainer.scaling import Scaling
 
 _logger = logging.getLogger("ada_loss")
 
@@ -21,10 +18,6 @@ _NOTHING_IS_FLOAT16 = (
 _UNSCALED = (
     "The float16 parameter %s got gradients from outside every scaled model, where small ones become zero: "
     "wrap the link that it is in with AdaLossScaled as well."
-)
-_MIXED = (
-    "{where} is given float16 and a wider format at once, which Chainer does not mix: cast what is wider, as "
-    "in F.cast(x, np.float16), or give the model float16 inputs, as in x.astype(np.float16)."
 )
 
 
@@ -41,14 +34,6 @@ def tell_what_is_missing(target: chainer.Link, scalings: Sequence[Scaling]) -> N
     unscaled = [path for path, parameter in target.namedparams() if getattr(parameter, "unscaled", False)]
     if unscaled and any([_is_first(scaling, "unscaled") for scaling in scalings]):
         _logger.warning(_UNSCALED, unscaled[0])
-
-
-def explain(error: InvalidType) -> None:
-    """Where float16 has met a wider format, raise what Chainer says of it in one sentence."""
-    types = f"{error.expect} {error.actual}"
-    if "float16" in types and ("float32" in types or "float64" in types):
-        where = str(error).split("performed in: ")[-1].split(" (Forward)")[0]
-        raise TypeError(_MIXED.format(where=where)) from error
 
 
 def _is_first(scaling: Scaling, what: str) -> bool:

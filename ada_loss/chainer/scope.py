@@ -13,8 +13,8 @@ import chainer
 import numpy as np
 from chainer.utils.type_check import InvalidType
 
-from ada_loss.chainer.advice import explain
 from ada_loss.chainer.fan_outs import find_fan_outs
+from ada_loss.chainer.mixed_formats import explain
 from ada_loss.chainer.nested import map_variables
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.products import Product, factor_of
