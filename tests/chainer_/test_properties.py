@@ -195,7 +195,7 @@ def drawn(seed):
     seed=st.integers(0, 99),
     order=st.permutations(range(4)),
     calls=st.integers(1, 2),
-    passes=st.lists(st.floats(-3, 3, width=32), max_size=2),
+    passes=st.lists(st.sampled_from([-3.0, -0.3, 0.0, 1e-3, 2.7]), max_size=2),
 )
 def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order, calls, passes):
     def run(model, *xs):
