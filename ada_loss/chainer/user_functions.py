@@ -45,15 +45,17 @@ _METHODS = ("backward", "backward_accumulate", "backward_cpu", "backward_gpu")
 
 _LINEAR = "ada_loss_linear_backward"
 
-_LOW = -12
-"""log2 of the largest element that a gradient has at least when it is computed from a second time: float16
-holds smaller ones too coarsely for a comparison."""
+_LEVELS = {-12: 2.0**-9, -20: 2.0**-2}
+"""Where the true gradient is smaller, backward is computed again from gradients whose largest element has
+this log2. With it, the difference between two results that rounding explains, as a share of the largest
+element: float16 holds the first gradients well, and the others in 16 steps, which shows a threshold."""
 
-_NOISE = 2.0**-9
-"""The difference between two float16 results that rounding explains, as a share of the largest element."""
+_GRAIN = 3 * 2.0**-24
+"""A difference that rounding explains whatever the size: a few of float16's smallest steps."""
 
-_GRAIN = 2.0**-22
-"""The same as a magnitude: a few of float16's smallest steps."""
+_LOST, _HELD = 2.0**-11, 2.0**-12
+"""The share of the largest element that true gradients may lose in float16, and how large that of what is
+computed from them is at least."""
 
 _RETREAT, _RETREATS = 4, 6
 """By how many powers of two the gradient is lowered when a result overflows, and how often at most."""
@@ -168,7 +170,7 @@ class _Calls:
                 around.give(leaf, before, array)
 
     def are_linear(self, result: _Result, gys: tuple[Any, ...]) -> bool:
-        """Whether a call with gradients closer to the true ones gives the same as `result`, that with `gys`.
+        """Whether calls with gradients closer to the true ones give the same as `result`, that with `gys`.
 
         What is not to be checked, or cannot be, passes: a result that is not finite makes a skipped step.
         """
@@ -176,19 +178,22 @@ class _Calls:
             return True
         if not all_finite(_present(result.gxs)):
             return True
-        shift = _shift_to_the_true(result, gys)
-        try:
-            with chainer.using_config("in_recomputing", True):
-                other = self.at(_shifted(gys, shift), result.exponent + shift)
-        except Exception as error:
-            raise RuntimeError(NOT_TWICE.format(name=_name(self._function))) from error
-        return _agree(result, other)
+        for shift, noise in _shifts_to_the_true(result, gys).items():
+            try:
+                with chainer.using_config("in_recomputing", True):
+                    other = self.at(_shifted(gys, shift), result.exponent + shift)
+            except Exception as error:
+                raise RuntimeError(NOT_TWICE.format(name=_name(self._function))) from error
+            size = max(gy.size for gy in _present(gys))
+            if not _agree(result, other, noise, _GRAIN * math.sqrt(size)):
+                return False
+        return True
 
     def true(self, result: _Result, gys: tuple[Any, ...]) -> _Result:
         """A call with the true gradients, in place of `result`, that with `gys`; refused if they are lost."""
         true = _shifted(gys, -result.exponent)
         lost = zip(_present(_shifted(true, result.exponent)), _present(gys), strict=True)
-        if all(_is_close(again, gy) for again, gy in lost):
+        if all(_is_close(again, gy, _LOST) for again, gy in lost):
             with chainer.using_config("in_recomputing", True):
                 found = self.at(true, 0)
             if all(_is_held(gx) for gx in _present(found.gxs)):
@@ -206,52 +211,60 @@ def _backward(function: Any, targets: tuple[int, ...], gys: tuple[Any, ...]) -> 
     )
 
 
-def _shift_to_the_true(result: _Result, gys: tuple[Any, ...]) -> int:
-    """By how many powers of two gradients are multiplied to come as close to the true ones as float16 lets
-    them, and by some at least."""
+def _shifts_to_the_true(result: _Result, gys: tuple[Any, ...]) -> dict[int, float]:
+    """By how many powers of two gradients are multiplied to come closer to the true ones, as close as float16
+    lets them, and by some at least; each with the noise that is to be expected then.
+
+    They stay scaled by one power of two, since passes inside would scale true ones as they begin.
+    """
     levels = [floor_log2(peak) for peak in (_peak(gys), _peak(result.gxs)) if peak]
-    down, up = min(levels) - _LOW, floor_log2(FLOAT16.max) - 1 - max(levels)
-    wanted = -result.exponent
-    if wanted < 0:
-        return max(wanted, -down) if down > 0 else max(up, 1)
-    return min(wanted, up) if up > 0 else -2
+    smallest, room = min(levels), floor_log2(FLOAT16.max) - 1 - max(levels)
+    if result.exponent < 0:
+        up = min(-result.exponent - 1, room)
+        return {up if up > 0 else -2: _LEVELS[-12]}
+    down = {max(1 - result.exponent, low - smallest): noise for low, noise in reversed(_LEVELS.items())}
+    return {shift: noise for shift, noise in down.items() if shift < 0} or {max(room, 1): _LEVELS[-12]}
 
 
-def _agree(one: _Result, other: _Result) -> bool:
-    """Whether two calls gave the same, but for their exponents and for what rounding explains."""
+def _agree(one: _Result, other: _Result, noise: float, grain: float) -> bool:
+    """Whether two calls gave the same, but for their exponents and for what rounding explains.
+
+    noise: of a result, as a share of its largest element. grain: of a sum over all gradients, where they
+    carry the exponent of `other`.
+    """
     for a, b in zip(one.gxs, other.gxs, strict=True):
         if (a is None) != (b is None):
             return False
-        if a is not None and not _is_close(shifted(a, other.exponent - one.exponent, _wide(a)), b):
+        if a is not None and not _is_close(shifted(a, other.exponent - one.exponent, _wide(a)), b, noise):
             return False
     first, second = one.contributions(), other.contributions()
     if first.keys() != second.keys():
         return False
-    grain = _GRAIN * 2.0 ** -min(one.exponent, other.exponent)
-    return all(_add_the_same(*first[key], second[key][1], grain) for key in first)
+    grain *= 2.0 ** -min(one.exponent, other.exponent)
+    return all(_add_the_same(*first[key], second[key][1], 2 * noise, grain) for key in first)
 
 
-def _add_the_same(before: Any, after: Any, also: Any, grain: float) -> bool:
+def _add_the_same(before: Any, after: Any, also: Any, noise: float, grain: float) -> bool:
     """Whether two true gradients of a parameter differ from the one before by the same."""
     if after is None or also is None:
         return after is also
     if not all_finite([after, also]):
         return True
     added = amax_of(after - (0 if before is None else before))
-    limit = 2 * _NOISE * added + grain + 2.0**-20 * amax_of(after)
+    limit = noise * added + grain + 2.0**-20 * amax_of(after)
     return amax_of(after - also) <= limit
 
 
-def _is_close(a: Any, b: Any) -> bool:
+def _is_close(a: Any, b: Any, noise: float) -> bool:
     wide = _wide(b)
     grain = _GRAIN if b.dtype == np.float16 else 0
-    return amax_of(a.astype(wide) - b.astype(wide)) <= _NOISE * amax_of(b) + grain
+    return amax_of(a.astype(wide) - b.astype(wide)) <= noise * amax_of(b) + grain
 
 
 def _is_held(gx: Any) -> bool:
     """Whether a true gradient is finite, and not so small that float16 has lost it."""
     peak = amax_of(gx)
-    return math.isfinite(peak) and (gx.dtype != np.float16 or peak >= 2.0**_LOW)
+    return math.isfinite(peak) and (gx.dtype != np.float16 or peak >= _HELD)
 
 
 def _ready_to_round(gys: tuple[Any, ...], exponent: int, headroom: int) -> tuple[tuple[Any, ...], int]:

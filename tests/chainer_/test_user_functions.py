@@ -312,10 +312,10 @@ class TestChangedGradients:
                 self.calls += 1
                 return (chainer.Variable(self.change(gys[0].array)),)
 
-        for cls, calls in ((Declared, 1), (Derived, 2)):
+        for cls, once in ((Declared, True), (Derived, False)):
             node = cls(lambda gy: -gy)
             narrow(rng, lambda m, x, node=node: m.b(node.apply((m.a(x),))[0]))
-            assert node.calls == calls
+            assert (node.calls == 1) == once
 
     def test_of_a_declared_function_inherit_the_exponent(self, rng):
         @linear_backward
@@ -324,6 +324,33 @@ class TestChangedGradients:
                 return super().backward(targets, gys)
 
         exact(rng, lambda m, x: m.c(Declared(lambda h: F.tanh(m.b(h))).apply((F.tanh(m.a(x)),))[0]))
+
+    @pytest.mark.parametrize("change", [clipped, norm_clipped, shrunk, "add", "leave out"])
+    @pytest.mark.parametrize("threshold", 1.4 * 2.0 ** np.arange(-17, 3, 4))
+    @pytest.mark.parametrize("factor", [2.0**-24, 2.0**-12, 1])
+    def test_by_any_threshold_are_right_or_refused(self, change, threshold, factor, rng):
+        if change == "add":
+            changed = lambda gy: gy + threshold  # noqa: E731
+        elif change == "leave out":
+            changed = lambda gy: gy * (abs(gy) > threshold)  # noqa: E731
+        else:
+            changed = change(threshold)
+        combine = lambda m, x: m.b(changing(changed, m.a(x)))  # noqa: E731
+        with dtype("mixed16"):
+            narrow_one = AdaLossScaled(Graph(combine))
+        wide = Graph(combine)
+        wide.copyparams(narrow_one)
+        x, found = draw(rng).astype("e"), []
+        for model, data in ((wide, x.astype("f")), (narrow_one, x)):
+            model.cleargrads()
+            loss = weighted_sum(model(data)) * np.float32(factor)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                assert "Changing.backward is not linear" in str(error)
+                return
+            found.append(model.a.W.grad)
+        assert signal_to_noise(*found[::-1]) > 25
 
     def test_of_zeros_are_true(self, rng):
         # A penalty is not scaled along with a gradient of nothing.
