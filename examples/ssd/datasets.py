@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from chainercv.datasets import coco_bbox_label_names
+
 import data_digits
 import data_voc
 from augmentation import DIGITS_RECIPE, VOC_RECIPE, Recipe
@@ -38,6 +40,7 @@ class DatasetKind:
         return open_parts(self.locate(folder), self.test_parts, self.classes, use_difficult=True)
 
 
+COCO = "coco"
 DATASETS = {
     "voc": DatasetKind(
         data_voc.VOC_CLASSES, VOC_RECIPE, data_voc.TRAIN_PARTS, data_voc.TEST_PARTS, data_voc.find_devkit
@@ -52,8 +55,15 @@ DATASETS = {
 }
 
 
+def class_names(dataset: str) -> tuple[str, ...]:
+    """Names of a data set's classes, in the order of their labels."""
+    return tuple(coco_bbox_label_names) if dataset == COCO else DATASETS[dataset].classes
+
+
 def dataset_with_classes(n_classes: int) -> str:
-    """The name of the data set that has so many classes."""
+    """The name of the data set that has so many classes; COCO is one to evaluate on only."""
+    if n_classes == len(coco_bbox_label_names):
+        return COCO
     for name, kind in DATASETS.items():
         if len(kind.classes) == n_classes:
             return name

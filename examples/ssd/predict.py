@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from command_line import share
-from datasets import DATASETS
+from datasets import class_names
 from detector import DRAWING_THRESH, Boxes, Detector
 from drawing import draw_boxes
 from errors import InputError, ends_cleanly, reason
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_to_overwrite(targets)
     model, dataset = load_detector_model(args.weights)
     detector = detector_of(model, args, args.score)
-    names = DATASETS[dataset].classes
+    names = class_names(dataset)
     make_folder(args.out)
     left_out = []
     for path, target in zip(paths, targets, strict=True):

@@ -14,6 +14,7 @@ from chainer.training.extension import PRIORITY_EDITOR
 
 from errors import InputError
 from files import write_whole
+from pictures import draw_pictures
 from ranks import Alone
 
 LOG_FILE = "log.json"
@@ -65,11 +66,13 @@ def either(first: Trigger, second: Trigger) -> Trigger:
     return lambda trainer: first(trainer) or second(trainer)
 
 
-def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorboard: bool) -> None:
+def add_reports(
+    trainer: Trainer, ranks: Alone, due: Trigger, drawn: Trigger, last: int, tensorboard: bool
+) -> None:
     """Give a trainer everything in this module; on all ranks alike, shown and written by rank 0.
 
     A row of the log is written whenever `due` fires. It holds means over the iterations since the last one,
-    but for those whose step was skipped.
+    but for those whose step was skipped. Pictures of it are drawn whenever `drawn` fires.
     """
     first = ranks.rank == 0
     log = extensions.LogReport(
@@ -85,6 +88,7 @@ def add_reports(trainer: Trainer, ranks: Alone, due: Trigger, last: int, tensorb
     stream = sys.stdout if on_terminal else PlainStream()
     trainer.extend(extensions.PrintReport(PRINTED, out=stream), trigger=due)
     trainer.extend(_write_csv, name="CsvReport", trigger=due)
+    trainer.extend(_draw, name="Pictures", trigger=drawn)
     if on_terminal:
         trainer.extend(extensions.ProgressBar(update_interval=5))
     if tensorboard:
@@ -170,6 +174,10 @@ def _complete_row(row: dict[str, float], ranks: Alone, last: int) -> None:
         if name in row:
             row[name] = ranks.mean(row[name])
     row["time_left"] = round(row["elapsed_time"] / row["iteration"] * (last - row["iteration"]))
+
+
+def _draw(trainer: Trainer) -> None:
+    draw_pictures(log_rows(trainer), Path(trainer.out))
 
 
 def _write_csv(trainer: Trainer) -> None:

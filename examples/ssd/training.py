@@ -250,7 +250,7 @@ def _extend(trainer: Trainer, settings: Settings, ranks: Alone, model: SSD, test
     trainer.extend(LeavesOutSkippedSteps(skipped), name="LeavesOutSkippedSteps")
     trainer.extend(BestWeights(model, ranks), name="BestWeights", trigger=evaluated)
     trainer.extend(LastGoodWeights(model, skipped, logged), name="LastGoodWeights", trigger=(1, "iteration"))
-    add_reports(trainer, ranks, logged, last, settings.tensorboard)
+    add_reports(trainer, ranks, logged, evaluated, last, settings.tensorboard)
     trainer.extend(RandomState(), name="RandomState", trigger=at([]))
     checkpoints = Checkpoints(settings.out / FOLDER, settings.numerics(), ranks)
     trainer.extend(checkpoints, name="Checkpoints", trigger=every(settings.checkpoint_interval, last))

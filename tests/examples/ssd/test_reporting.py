@@ -1,4 +1,4 @@
-"""What goes to TensorBoard, written through a recorder in the place of the package."""
+"""What goes to pictures, and to TensorBoard through a recorder in the place of the package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from runs import meanwhile, press_ctrl_c, read, train
 
 from batches import Schedule
+from pictures import draw_pictures
 
 # tensorboardX, with lines of JSON for events.
 RECORDER = """
@@ -96,3 +98,32 @@ def test_a_run_resumed_at_its_end_shows_what_it_showed(digits, tmp_path, recorde
     before = shown(out)
     assert train(digits, out, *arguments, "--resume", "auto") == 0
     assert shown(out) == before == in_the_log(out)
+
+
+def test_pictures_show_the_log(digits, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "reporting.draw_pictures", lambda rows, folder: drawn.append([dict(row) for row in rows])
+    )
+    out = tmp_path / "run"
+    assert train(digits, out, "--iteration", 3, "--step", 2, "--dtype", "float32") == 0
+    assert drawn == [read(out / "log.json")[:2], read(out / "log.json")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"iteration": 1}],
+        [
+            {"iteration": 1, "main/loss": 3.0},
+            {"iteration": 2, "map": 0.5},
+            {"iteration": 3, "main/loss": 1.0},
+        ],
+    ],
+)
+def test_any_log_can_be_drawn(tmp_path, rows):
+    for _ in range(2):
+        draw_pictures(rows, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "map.png"]
+    assert all(Image.open(path).size == (600, 400) for path in tmp_path.iterdir())
