@@ -26,10 +26,11 @@ demo: setup ## Train a small detector adaptively; mAP and demo.png
 test: setup ## Run the tests
 	@OMP_NUM_THREADS=$(TEST_THREADS) OPENBLAS_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(ARGS)
 
-lint: setup ## Check style and types
+lint: setup ## Check style and types; build the API reference
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python tools/api_reference.py
 
 format: setup ## Bring the code into the style that lint asks for
 	@$(BIN)/ruff check --fix .
