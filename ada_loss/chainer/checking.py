@@ -33,7 +33,8 @@ def trial(model: chainer.Link, batch: Any, loss: Any, steps: int) -> tuple[Run, 
 
     Args:
         model: any link.
-        batch, loss: see `ada_loss.check`.
+        batch: see `ada_loss.check`.
+        loss: see there.
         steps: how many.
 
     Returns:

@@ -23,7 +23,8 @@ def trial(model: torch.nn.Module, batch: Any, loss: Any, steps: int) -> tuple[Ru
 
     Args:
         model: any module.
-        batch, loss: see `ada_loss.check`.
+        batch: see `ada_loss.check`.
+        loss: see there.
         steps: how many.
 
     Returns:

@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
-from statistics import NormalDist
+from functools import reduce
+from typing import Any
 
 import torch
 
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.maths import floor_log2
+from ada_loss.core.maths import Maths, floor_log2
+from ada_loss.core.measurement import Measurement, Needs, Statistics
+from ada_loss.core.rules import ABS_RANGE, APPROX_RANGE, AUTO, FIXED, Rule
 from ada_loss.core.rules.auto import CAST_HEADROOM as AUTO_CAST_HEADROOM
 from ada_loss.core.rules.auto import HEADROOM as AUTO_HEADROOM
-
-METHODS = ("auto", "approx_range", "abs_range", "fixed")
-"""The methods of `AdaLossConfig` that this front end knows."""
 
 OF_ZERO = 2.0**100
 """The scale of zeros, which fit any: where they meet others, those decide."""
@@ -171,13 +170,8 @@ class RangeShifts(Shifts):
 
     def entering(self, gradient: torch.Tensor) -> torch.Tensor:
         entry = self._entry_on(gradient.device)
-        if self.config.loss_scale_method == "abs_range":
-            low = smallest(gradient)
-        elif self.config.cast_distribution == "log_normal":
-            low = _low_of_log_normal(gradient, self.config.n_uf)
-        else:
-            low = _normal_quantile((1 + self.config.n_uf) / 2) * root_mean_square(gradient)
-        return entry * self._bounded(low, finite_peak(gradient), entry, torch.ones_like(entry))
+        measurement = Measurement(statistics(gradient, finite_peak(gradient), self._needs(is_cast=True)))
+        return entry * self._bounded(measurement, entry, torch.ones_like(entry))
 
     def of_product(
         self,
@@ -187,24 +181,22 @@ class RangeShifts(Shifts):
         factor: torch.Tensor,
         fan: int,
     ) -> torch.Tensor:
-        if self.config.loss_scale_method == "abs_range":
-            low = smallest(gradient) * smallest(factor)
-        else:
-            # ReLU zeroes half of the terms.
-            sigma = root_mean_square(gradient) * root_mean_square(factor) * math.sqrt(fan / 2)
-            low = _normal_quantile((1 + self.config.n_uf) / 2) * sigma
-        return self._bounded(low, fan * peak(gradient) * peak(factor), scale, scale)
+        needs = self._needs(is_cast=False)
+        gy, weight = (statistics(x, peak(x), needs) for x in (gradient, factor))
+        return self._bounded(Measurement(gy, weight, fan), scale, scale)
+
+    def _needs(self, is_cast: bool) -> Needs:
+        return self.config.rule.needs(self.config, is_cast)
 
     def _bounded(
-        self,
-        low: torch.Tensor,
-        high: torch.Tensor,
-        carried: torch.Tensor,
-        measured_at: torch.Tensor,
+        self, measurement: Measurement, carried: torch.Tensor, measured_at: torch.Tensor
     ) -> torch.Tensor:
-        """The factor that brings `low` to the smallest float16, unless it would bring `high` beyond the
-        largest or leave the bounds. Both magnitudes are measured at a scale; `carried` is the scale that the
-        gradient has already."""
+        """The factor that brings the rule's low magnitude to the smallest float16, unless it would bring the
+        high one beyond the largest or leave the bounds. `carried` is the scale that the gradient has already,
+        `measured_at` the one at which it was measured."""
+        low, high = (
+            magnitude.float() for magnitude in self.config.rule.extremes(self.config, measurement, TENSORS)
+        )
         backoff = self._backoff_on(carried.device)
         ahead = backoff * (measured_at / carried)
         wanted = factor_to(FLOAT16.smallest_subnormal, low) * ahead
@@ -218,13 +210,24 @@ class RangeShifts(Shifts):
         return torch.where((high > 0) & torch.isfinite(high), factor, torch.ones_like(factor))
 
 
+_SHIFTS: dict[Rule, type[Shifts]] = {
+    AUTO: AutoShifts,
+    APPROX_RANGE: RangeShifts,
+    ABS_RANGE: RangeShifts,
+    FIXED: Shifts,
+}
+
+METHODS = tuple(rule.name for rule in _SHIFTS)
+"""The methods of `AdaLossConfig` that this front end knows."""
+
+
 def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shifts:
     """The rule that the settings name.
 
     Raises:
         ValueError: this front end does not have the method or the setting.
     """
-    if config.loss_scale_method not in METHODS:
+    if config.rule not in _SHIFTS:
         raise ValueError(
             f"loss_scale_method must be one of {', '.join(METHODS)} in PyTorch, "
             f"not {config.loss_scale_method!r}."
@@ -234,35 +237,45 @@ def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shif
             "update_per_n_iteration must be 1 in PyTorch, where scales are chosen anew in every step, "
             f"not {config.update_per_n_iteration!r}."
         )
-    return {"auto": AutoShifts, "fixed": Shifts}.get(config.loss_scale_method, RangeShifts)(config, entry)
+    return _SHIFTS[config.rule](config, entry)
+
+
+def _maximum(x: torch.Tensor, y: Any) -> torch.Tensor:
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else x.clamp(min=y)
+
+
+TENSORS = Maths(torch.sqrt, torch.exp, torch.minimum, _maximum)
+"""What formulas of rules need, for tensors without axes."""
+
+
+def statistics(x: torch.Tensor, amax: torch.Tensor, needs: Needs) -> Statistics:
+    """What rules ask for, as tensors without axes; where every element is zero, the smallest is infinite.
+
+    Args:
+        x: a tensor of floats.
+        amax: its largest magnitude.
+        needs: what else to look for.
+    """
+    wide = x.float()
+    low: Any = 0.0
+    sum_logs: Any = 0.0
+    sum_squared_logs: Any = 0.0
+    nonzero: Any = x.numel()
+    if needs.amin:
+        low = smallest(x)
+    if needs.logs:
+        magnitudes = wide.abs()
+        present = magnitudes > 0
+        logs = torch.where(present, magnitudes, 1.0).log().double()
+        nonzero = present.sum().clamp(min=1)
+        sum_logs, sum_squared_logs = logs.sum(), logs.square().sum()
+    sum_squares: Any = wide.square().sum(dtype=torch.float64)
+    return Statistics(x.numel(), nonzero, sum_squares, amax, low, True, sum_logs, sum_squared_logs)
 
 
 def smallest(x: torch.Tensor) -> torch.Tensor:
     """The smallest nonzero magnitude in x, 0-dim, of float32; infinite where there is none."""
     magnitudes = x.float().abs()
-    return torch.where(magnitudes > 0, magnitudes, math.inf).amin() if x.numel() else _infinity(x.device)
-
-
-def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """Of all elements, 0-dim, of float32."""
-    return x.float().square().mean().sqrt()
-
-
-def _low_of_log_normal(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Below which a share of the nonzero magnitudes lies, their logarithms being taken for normal."""
-    magnitudes = x.float().abs()
-    nonzero = magnitudes > 0
-    logs = torch.where(nonzero, magnitudes, 1.0).log().double()
-    count = nonzero.sum().clamp(min=1)
-    mean = logs.sum() / count
-    variance = (logs.square().sum() / count - mean.square()).clamp(min=0.0)
-    return torch.exp(mean + variance.sqrt() * _normal_quantile(share)).float()
-
-
-def _infinity(device: torch.device) -> torch.Tensor:
-    return torch.full((), math.inf, device=device)
-
-
-@cache
-def _normal_quantile(probability: float) -> float:
-    return NormalDist().inv_cdf(probability)
+    if not x.numel():
+        return torch.full((), math.inf, device=x.device)
+    return torch.where(magnitudes > 0, magnitudes, math.inf).amin()
