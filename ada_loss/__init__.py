@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ada_loss.core.version import VERSION
+
 if TYPE_CHECKING:
     from ada_loss.checking import Check, Loss
 
 __all__ = ["__version__", "check"]
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def check(model: Any, batch: Any = None, loss: Loss | None = None, *, steps: int = 1) -> Check:

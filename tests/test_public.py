@@ -10,7 +10,7 @@ import pytest
 import ada_loss.chainer  # noqa: F401  (before anything imports Chainer)
 
 PUBLIC = {
-    "ada_loss": ["__version__"],
+    "ada_loss": ["__version__", "check"],
     "ada_loss.chainer": [
         "AdaLossBranch",
         "AdaLossConfig",
@@ -28,7 +28,14 @@ PUBLIC = {
         "record",
     ],
     "ada_loss.chainer.kernels": ["PROVIDERS", "current", "use", "using"],
-    "ada_loss.torch": ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward"],
+    "ada_loss.torch": [
+        "AdaLossConfig",
+        "GradScaler",
+        "ScaledTensor",
+        "backward",
+        "float32_kernels",
+        "record",
+    ],
 }
 
 

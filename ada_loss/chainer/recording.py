@@ -12,13 +12,13 @@ import chainer
 import numpy as np
 from chainer.backends import cuda
 
-import ada_loss
 from ada_loss.chainer.optimizer import scopes
 from ada_loss.chainer.watching import Watch
 from ada_loss.core.maths import floor_log2
 from ada_loss.core.record_file import MOST_BYTES, RecordFile
 from ada_loss.core.recorder import RunRecorder
 from ada_loss.core.records import ACTIVATION, INPUT_GRADIENT, Place, RunHeader
+from ada_loss.core.version import VERSION
 
 
 class Recording:
@@ -137,7 +137,7 @@ def record(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         settings={} if config is None else dict(vars(config)),
         versions={
-            "ada_loss": ada_loss.__version__,
+            "ada_loss": VERSION,
             "chainer": chainer.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

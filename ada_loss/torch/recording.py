@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import ada_loss
 from ada_loss.core.maths import floor_log2
 from ada_loss.core.record_file import MOST_BYTES, RecordFile
 from ada_loss.core.recorder import RunRecorder
 from ada_loss.core.records import RunHeader
+from ada_loss.core.version import VERSION
 from ada_loss.torch.grad_scaler import GradScaler
 from ada_loss.torch.watching import Watch
 
@@ -134,7 +134,7 @@ def record(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         settings=dict(vars(scaler._config)) if isinstance(scaler, GradScaler) else {},
         versions={
-            "ada_loss": ada_loss.__version__,
+            "ada_loss": VERSION,
             "numpy": np.__version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
