@@ -45,13 +45,18 @@ class PreparedMultiNodeOptimizer:
         return super().setup(link)  # type: ignore[misc]
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._step(lossfun, args, kwargs)
+        finally:
+            running_statistics.end()
+            origin.end()
+
+    def _step(self, lossfun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         target = self.actual_optimizer.target
         loss = None if lossfun is None else compute_gradients(self.actual_optimizer, lossfun, args, kwargs)
         if self.is_changed(target):
             self._start_from_rank_0(target)
             running_statistics.undo_where_not_finite()
-            running_statistics.end()
-            origin.end()
             return
         parameters = [parameter for parameter in unique_parameters(target) if parameter.is_initialized]
         policies = [scope.policy for scope in scopes(target)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ def went_through(function: chainer.FunctionNode) -> None:
 def undo() -> None:
     """Put back what the step has changed, and what is not finite since: a call that no gradient came back
     through may have been given the same bad batch."""
-    for link, note in list(_step.used.items()):
+    for link, note in _latest_first(_step.used):
         # A call that an earlier step has used as well, as in a GAN, left what that one was made with.
         if note.number >= _step.since or not _is_finite(link, note):
             note.put_back(link)
@@ -146,7 +146,7 @@ def undo() -> None:
 
 def undo_where_not_finite() -> None:
     """Put back values that were finite after the last step and are not now."""
-    for link, note in list(_step.first.items()):
+    for link, note in _latest_first(_step.first):
         if not _is_finite(link, note):
             note.put_back(link)
 
@@ -184,6 +184,11 @@ def _remember(link: Any, note: _Note, results: Any) -> None:
         return result
 
     map_variables(remember, results)
+
+
+def _latest_first(notes: Mapping[chainer.Link, _Note]) -> list[tuple[chainer.Link, _Note]]:
+    """Notes with their links; where links share an array, the earliest note of it is put back last."""
+    return sorted(notes.items(), key=lambda item: -item[1].number)
 
 
 def _links_with_values(target: chainer.Link) -> Iterator[chainer.Link]:

@@ -183,6 +183,45 @@ def test_that_get_their_shape_in_the_very_step_that_is_skipped(rng, step):
         assert optimizer.t == 1 and np.isfinite(model.norm.avg_mean).all()
 
 
+@pytest.mark.parametrize("with_function", [True, False])
+def test_of_copies_that_share_their_arrays(rng, with_function):
+    with dtype("mixed16"):
+        model, optimizer = started(L.BatchNormalization)
+        other = model.copy("share")
+        assert other.norm.avg_mean is model.norm.avg_mean
+
+        def step(x):
+            def loss():
+                return loss_of(model, x) + loss_of(other, x) + loss_of(model, x)
+
+            if with_function:
+                optimizer.update(loss)
+            else:
+                model.cleargrads()
+                loss().backward()
+                optimizer.update()
+
+        step(data(rng))
+        before = kept(model)
+        step(bad(rng))
+        assert optimizer.entry_scale.skipped == 1
+        assert_same_bits(kept(model), before)
+
+
+def test_a_loss_function_that_raises_ends_its_step(rng):
+    with dtype("mixed16"):
+        model, optimizer = started(L.BatchNormalization)
+
+        def loss():
+            loss_of(model, data(rng))
+            raise KeyError("no more data")
+
+        with pytest.raises(KeyError):
+            optimizer.update(loss)
+        assert_put_back(optimizer, model, with_a_loss_function, bad(rng))
+        assert_put_back(optimizer, model, by_hand, bad(rng))
+
+
 def test_what_was_written_outside_the_step_stays(rng):
     with dtype("mixed16"):
         model, optimizer = started(L.BatchNormalization)
