@@ -82,13 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         an_epoch = math.ceil(n_train / options.train_batch)
         plan = Plan(
             iterations=math.ceil(options.epoch * n_train / options.train_batch),
+            scaling=scaling_name(options),
             learning_rate=learning_rate,
             evaluate=evaluate,
             best=ACCURACY,
             evaluated=an_epoch,
             logged=min(an_epoch, 100),
             saved=an_epoch,
-            settings={"scaling": scaling_name(options), **settings_of(options)},
+            settings=settings_of(options),
         )
         return train(plan, BatchIterator(samples, schedule), optimizer, model, machine, options)
 

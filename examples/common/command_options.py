@@ -92,6 +92,10 @@ def scaling_of(options: argparse.Namespace) -> dict[str, Any]:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run has to share with the one that it goes on with, as JSON holds it."""
     free = (
+        "epoch",
+        "iter",
+        "val_iter",
+        "snapshot_freq",
         "out",
         "resume",
         "communicator",

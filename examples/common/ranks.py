@@ -54,6 +54,9 @@ class Alone:
     def share_parameters(self, optimizer: Any) -> None:
         """Give every rank the parameters of rank 0; call it before the first update."""
 
+    def share_statistics(self, model: chainer.Link) -> None:
+        """Give every rank the mean over the ranks of what layers keep beside parameters, as running means."""
+
     def together(self, step: Callable[[], T]) -> T:
         """The result of a step that every rank takes; an InputError on one of them is raised on all."""
         return step()
@@ -118,6 +121,11 @@ class Together(Alone):
         # ChainerMN's first update would only do the same, and lose its gradients; asked now, it knows it is
         # done.
         optimizer.is_changed(optimizer.target)
+
+    def share_statistics(self, model: chainer.Link) -> None:
+        from chainermn.extensions import AllreducePersistent
+
+        AllreducePersistent(model, self._comm)()
 
     def together(self, step: Callable[[], T]) -> T:
         result, message = None, None

@@ -6,7 +6,7 @@ import math
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,15 @@ class Plan:
     Attributes:
         iterations: how many updates.
         learning_rate: that of the update after so many updates.
+        scaling: the loss scaling, in a few words.
         evaluate: figures of the model now, on validation data; every rank calls it, and gets them.
         best: the figure whose largest value is kept as the best one.
         evaluated, logged, saved: every so many iterations, and at the last one.
-        settings: what identifies the run; a resumed one has to share them. Goes to result.json as well.
+        settings: what a run has to share with the one that it resumes. Goes to result.json as well.
     """
 
     iterations: int
+    scaling: str
     learning_rate: Callable[[int], float]
     evaluate: Callable[[], dict[str, float]]
     best: str
@@ -109,6 +111,7 @@ def train(
         outcome, message = "diverged", str(error)
     figures = [row[plan.best] for row in trainer.get_extension("LogReport").log if plan.best in row]
     result = {
+        "scaling": plan.scaling,
         "outcome": outcome,
         "message": message,
         plan.best: figures[-1] if figures and outcome == "finished" else None,
@@ -150,6 +153,7 @@ def _extend(trainer: Trainer, plan: Plan, ranks: Alone) -> None:
 
     @chainer.training.make_extension(priority=PRIORITY_WRITER)
     def report_figures(trainer: Trainer) -> None:
+        ranks.share_statistics(optimizer.target)
         chainer.report(plan.evaluate())
 
     @chainer.training.make_extension(priority=PRIORITY_WRITER)
@@ -157,8 +161,10 @@ def _extend(trainer: Trainer, plan: Plan, ranks: Alone) -> None:
         chainer.report({"lr": optimizer.lr, "skipped": _skipped(optimizer)})
 
     def complete(row: dict[str, float]) -> None:
-        for name in row.keys() & {"main/loss", "main/accuracy"}:
-            row[name] = ranks.mean(row[name])
+        # In the same order on all ranks, or one would add its loss to another's accuracy.
+        for name in ("main/loss", "main/accuracy"):
+            if name in row:
+                row[name] = ranks.mean(row[name])
         if not math.isfinite(row["main/loss"]):
             raise Diverged(f"Training diverged: the loss is {row['main/loss']}.")
 
@@ -215,22 +221,34 @@ def _resume(trainer: Trainer, options: Any, plan: Plan, ranks: Alone) -> None:
 def _reserved(out: Path, resume: str | None, ranks: Alone) -> Iterator[None]:
     """In this block the folder exists and only these ranks write there."""
 
-    def made() -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out} can't be made ({error.strerror}): name another with --out.") from None
-        if resume is None and (out / LOG_FILE).exists():
-            raise InputError(
-                f"{out} holds an earlier run: name another folder with --out, or go on with --resume auto."
-            )
+    with ExitStack() as held:
 
-    ranks.rank_0_first(made)
-    if ranks.rank:
+        def enter() -> None:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"{out} can't be made ({error.strerror}): name another with --out."
+                ) from None
+            if ranks.rank == 0:
+                held.enter_context(_alone_in(out))
+            # Under the lock, or two runs might both find the folder empty.
+            if resume is None and (out / LOG_FILE).exists():
+                raise InputError(
+                    f"{out} holds an earlier run: name another with --out, or go on with --resume auto."
+                )
+
+        ranks.rank_0_first(enter)
         yield
-        return
-    try:
-        with locked(out / LOCK_FILE):
-            yield
-    except BlockingIOError:
-        raise InputError(f"Another run is writing to {out} now: write to another folder.") from None
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / LOCK_FILE))
+        except BlockingIOError:
+            raise InputError(f"Another run is writing to {out} now: write to another folder.") from None
+        except OSError as error:
+            raise InputError(f"{out} can't be written to ({error.strerror}): name another.") from None
+        yield

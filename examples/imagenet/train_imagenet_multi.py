@@ -88,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         an_epoch = math.ceil(len(train_set) / batchsize)
         plan = Plan(
             iterations=options.iter or math.ceil(options.epoch * len(train_set) / batchsize),
+            scaling=scaling_name(options),
             learning_rate=learning_rate,
             evaluate=evaluate,
             best=ACCURACY,
             evaluated=an_epoch,
             logged=max(1, an_epoch // 10),
             saved=options.snapshot_freq * (1 if options.iter else an_epoch),
-            settings={"scaling": scaling_name(options), **settings_of(options)},
+            settings=settings_of(options),
         )
         iterator = BatchIterator(samples, schedule, options.loaderjob)
         return train(plan, iterator, optimizer, model, machine, options)

@@ -75,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Training.
         plan = Plan(
             iterations=options.iter,
+            scaling=scaling_name(options),
             learning_rate=lambda done: options.lr,
             evaluate=lambda: figures(model, val_samples, len(val_set), N_CLASS, ranks),
             best=MIOU,
             evaluated=options.val_iter,
             logged=50,
             saved=options.val_iter,
-            settings={"scaling": scaling_name(options), **settings_of(options)},
+            settings=settings_of(options),
         )
         iterator = BatchIterator(samples, schedule, options.loaderjob)
         return train(plan, iterator, optimizer, model, machine, options)

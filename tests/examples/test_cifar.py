@@ -115,12 +115,25 @@ def test_trains_writes_and_resumes(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["outcome"] == "finished" and result["iterations"] == 7
     assert 0 <= result["validation/main/accuracy"] <= 1
-    assert result["settings"]["scaling"] == "approx_range, chosen every 1000 iterations"
+    assert result["scaling"] == "approx_range, chosen every 1000 iterations"
     assert (tmp_path / "model.npz").exists()
 
     assert_one_sentence(run(SCRIPT, *FEW, "--out", tmp_path), "earlier run", "--resume auto")
-    resumed = run(SCRIPT, *FEW, "--update_per_n_iteration", 1000, "--out", tmp_path, "--resume", "auto")
-    assert resumed.returncode == 0 and "Goes on after iteration 7" in resumed.stdout
+    assert_one_sentence(
+        run(SCRIPT, *FEW, "--out", tmp_path, "--resume", "auto"), "--update-per-n-iteration 1000", "this is 1"
+    )
+    longer = ("--update_per_n_iteration", 1000, "--epoch", 0.07, "--out", tmp_path, "--resume", "auto")
+    resumed = run(SCRIPT, *FEW, *longer)
+    assert resumed.returncode == 0 and "Goes on after iteration 7" in resumed.stdout, resumed.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["iterations"] == 9
+
+
+def test_a_run_that_diverges_says_so_and_ends_with_a_status_of_its_own(tmp_path):
+    finished = run(SCRIPT, *FEW, "--dtype", "float32", "--lr", "1e30", "--out", tmp_path)
+    assert finished.returncode == 3, finished.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["outcome"] == "diverged" and "diverged" in result["message"]
+    assert not (tmp_path / "model.npz").exists()
 
 
 def test_two_ranks_train_on_what_one_would(tmp_path):

@@ -106,7 +106,7 @@ def test_resnet_50_trains(digits, tmp_path):
     arguments = (*FEW, "--arch", "resnet50", "--iter", "1", "--loaderjob", "0", "--dtype", "mixed16")
     finished = run(SCRIPT, *arguments, "--dataset-dir", digits, "--out", tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((tmp_path / "result.json").read_text())["settings"]["scaling"] == "abs_range"
+    assert json.loads((tmp_path / "result.json").read_text())["scaling"] == "abs_range"
 
 
 @pytest.mark.parametrize(

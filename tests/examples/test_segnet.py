@@ -105,7 +105,7 @@ def test_weights_are_computed_and_the_network_trained(digits, tmp_path, ranks):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["outcome"] == "finished" and result["ranks"] == (ranks or 1)
     assert 0 <= result["validation/main/miou"] <= 1
-    assert result["settings"]["scaling"] == "approx_range, chosen every 100 iterations"
+    assert result["scaling"] == "approx_range, chosen every 100 iterations"
 
 
 def test_labels_that_are_no_classes_are_refused(tmp_path):
