@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from ada_loss.core.formats import FLOAT16
-from ada_loss.torch.shifts import Shifts, factor_to, finite_peak, over, times
+from ada_loss.torch.shifts import Shifts, factor_to, over, times
+from ada_loss.torch.statistics import finite_peak
 
 
 class Family:

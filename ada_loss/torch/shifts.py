@@ -1,4 +1,4 @@
-"""Which factor scales a gradient further: the rules of `ada_loss.core.rules`, as arithmetic on tensors.
+"""Which factor scales a gradient further: the rules of `ada_loss.core.rules` for tensors.
 
 Nothing here reads a number back, so nothing waits for a GPU. Where those rules speak of exponents, these have
 the powers of two themselves: a factor is 2**shift. `auto` does not have to estimate a product's peak as
@@ -7,21 +7,20 @@ there: the product is at hand in float32 before it is rounded, and so is its pea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
 
 import torch
 
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.formats import FLOAT16
-from ada_loss.core.maths import Maths, floor_log2
-from ada_loss.core.measurement import Measurement, Needs, Statistics
+from ada_loss.core.maths import floor_log2
+from ada_loss.core.measurement import Measurement, Needs
 from ada_loss.core.rules import ABS_RANGE, APPROX_RANGE, AUTO, FIXED, Rule
 from ada_loss.core.rules.auto import CAST_HEADROOM as AUTO_CAST_HEADROOM
 from ada_loss.core.rules.auto import HEADROOM as AUTO_HEADROOM
+from ada_loss.torch.statistics import MATHS, finite_peak, peak, statistics
 
 OF_ZERO = 2.0**100
 """The scale of zeros, which fit any: where they meet others, those decide."""
@@ -44,21 +43,6 @@ def times(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
 def over(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     """x divided by a power of two, in x's dtype."""
     return x / (power if x.dim() else power.to(x.dtype))
-
-
-def peak(x: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in x, 0-dim, of float32: NaN where x holds one, 0 where x is empty."""
-    if not x.numel():
-        return torch.zeros((), device=x.device)
-    if x.is_cuda:
-        return torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
-    low, high = torch.aminmax(x)  # on a CPU many times as fast as the norm
-    return torch.maximum(high, -low).float()
-
-
-def finite_peak(x: torch.Tensor) -> torch.Tensor:
-    """The largest finite magnitude in x: what is not finite may be masked later on."""
-    return peak(torch.nan_to_num(x, 0.0, 0.0, 0.0))
 
 
 def factor_to(target: float, magnitude: torch.Tensor) -> torch.Tensor:
@@ -170,8 +154,8 @@ class RangeShifts(Shifts):
 
     def entering(self, gradient: torch.Tensor) -> torch.Tensor:
         entry = self._entry_on(gradient.device)
-        measurement = Measurement(statistics(gradient, finite_peak(gradient), self._needs(is_cast=True)))
-        return entry * self._bounded(measurement, entry, torch.ones_like(entry))
+        measured = Measurement(statistics(gradient, self._needs(is_cast=True)))
+        return entry * self._within_bounds(measured, entry, torch.ones_like(entry))
 
     def of_product(
         self,
@@ -182,21 +166,19 @@ class RangeShifts(Shifts):
         fan: int,
     ) -> torch.Tensor:
         needs = self._needs(is_cast=False)
-        gy, weight = (statistics(x, peak(x), needs) for x in (gradient, factor))
-        return self._bounded(Measurement(gy, weight, fan), scale, scale)
+        measured = Measurement(statistics(gradient, needs), statistics(factor, needs), fan)
+        return self._within_bounds(measured, scale, scale)
 
-    def _needs(self, is_cast: bool) -> Needs:
+    def _needs(self, *, is_cast: bool) -> Needs:
         return self.config.rule.needs(self.config, is_cast)
 
-    def _bounded(
-        self, measurement: Measurement, carried: torch.Tensor, measured_at: torch.Tensor
+    def _within_bounds(
+        self, measured: Measurement, carried: torch.Tensor, measured_at: torch.Tensor
     ) -> torch.Tensor:
-        """The factor that brings the rule's low magnitude to the smallest float16, unless it would bring the
-        high one beyond the largest or leave the bounds. `carried` is the scale that the gradient has already,
-        `measured_at` the one at which it was measured."""
-        low, high = (
-            magnitude.float() for magnitude in self.config.rule.extremes(self.config, measurement, TENSORS)
-        )
+        """The factor that the rule wants, as far as it is safe and the settings allow; see
+        `ada_loss.core.rules.paper`. The scale that the gradient carries may differ from that at which it was
+        measured."""
+        low, high = (extreme.float() for extreme in self.config.rule.extremes(self.config, measured, MATHS))
         backoff = self._backoff_on(carried.device)
         ahead = backoff * (measured_at / carried)
         wanted = factor_to(FLOAT16.smallest_subnormal, low) * ahead
@@ -204,9 +186,8 @@ class RangeShifts(Shifts):
         if self.config.scale_upper_bound is not None:
             factor = factor.clamp(max=2.0 ** floor_log2(self.config.scale_upper_bound))
         if self.config.accum_upper_bound is not None:
-            factor = torch.minimum(
-                factor, 2.0 ** floor_log2(self.config.accum_upper_bound) * backoff / carried
-            )
+            accumulated = 2.0 ** floor_log2(self.config.accum_upper_bound) * backoff / carried
+            factor = torch.minimum(factor, accumulated)
         return torch.where((high > 0) & torch.isfinite(high), factor, torch.ones_like(factor))
 
 
@@ -238,44 +219,3 @@ def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shif
             f"not {config.update_per_n_iteration!r}."
         )
     return _SHIFTS[config.rule](config, entry)
-
-
-def _maximum(x: torch.Tensor, y: Any) -> torch.Tensor:
-    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else x.clamp(min=y)
-
-
-TENSORS = Maths(torch.sqrt, torch.exp, torch.minimum, _maximum)
-"""What formulas of rules need, for tensors without axes."""
-
-
-def statistics(x: torch.Tensor, amax: torch.Tensor, needs: Needs) -> Statistics:
-    """What rules ask for, as tensors without axes; where every element is zero, the smallest is infinite.
-
-    Args:
-        x: a tensor of floats.
-        amax: its largest magnitude.
-        needs: what else to look for.
-    """
-    wide = x.float()
-    low: Any = 0.0
-    sum_logs: Any = 0.0
-    sum_squared_logs: Any = 0.0
-    nonzero: Any = x.numel()
-    if needs.amin:
-        low = smallest(x)
-    if needs.logs:
-        magnitudes = wide.abs()
-        present = magnitudes > 0
-        logs = torch.where(present, magnitudes, 1.0).log().double()
-        nonzero = present.sum().clamp(min=1)
-        sum_logs, sum_squared_logs = logs.sum(), logs.square().sum()
-    sum_squares: Any = wide.square().sum(dtype=torch.float64)
-    return Statistics(x.numel(), nonzero, sum_squares, amax, low, True, sum_logs, sum_squared_logs)
-
-
-def smallest(x: torch.Tensor) -> torch.Tensor:
-    """The smallest nonzero magnitude in x, 0-dim, of float32; infinite where there is none."""
-    magnitudes = x.float().abs()
-    if not x.numel():
-        return torch.full((), math.inf, device=x.device)
-    return torch.where(magnitudes > 0, magnitudes, math.inf).amin()

@@ -9,6 +9,7 @@ import torch
 
 from ada_loss.torch.operators import entries, fallback, in_place, leaf_gradients, views
 from ada_loss.torch.operators import exits as exits  # these register their rules
+from ada_loss.torch.operators import fused as fused
 from ada_loss.torch.operators import joins as joins
 from ada_loss.torch.operators import linear as linear
 from ada_loss.torch.operators import products as products

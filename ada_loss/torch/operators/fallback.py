@@ -23,7 +23,16 @@ _warned: set[Any] = set()
 
 
 def from_true_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Any operator that changes none of its arguments."""
+    """Any operator that changes none of its arguments.
+
+    Raises:
+        RuntimeError: it reads what its forward pass has kept in float16, and only it can read.
+    """
+    if any(argument.name.lower().startswith("reserve") for argument in func._schema.arguments):
+        raise RuntimeError(
+            f"ada_loss has no rule for this call of {func}, and cannot compute it in float32: run this part "
+            "of the model in float32."
+        )
     shifts = scaled_in((args, kwargs))[0].shifts
     results = func(*mapped(true, args), **mapped(true, kwargs))
     tensors = [leaf for leaf in leaves(results) if isinstance(leaf, torch.Tensor)]

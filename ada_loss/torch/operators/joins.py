@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
+from types import NoneType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, raw, widened
 from ada_loss.torch.operators.linear import passes
 from ada_loss.torch.operators.registry import Rule, register
-from ada_loss.torch.operators.results import one, rounded
+from ada_loss.torch.operators.results import all_rounded, one
 from ada_loss.torch.scaled_tensor import ScaledTensor
 from ada_loss.torch.shifts import times
 
@@ -27,7 +28,7 @@ def joins(*positions: int) -> Rule:
         found = only_scaled(positions, args, kwargs)
         meeting = list(leaves([args[i] for i in positions if i < len(args)]))
         tensors = [leaf for leaf in meeting if isinstance(leaf, torch.Tensor)]
-        if not found or any(leaf != 0 for leaf in meeting if not isinstance(leaf, torch.Tensor)):
+        if not found or any(leaf != 0 for leaf in meeting if not isinstance(leaf, (torch.Tensor, NoneType))):
             return NotImplemented
         if len(tensors) == 1 and not kwargs:
             return passes(*positions)(func, args, kwargs)
@@ -43,10 +44,10 @@ def joins(*positions: int) -> Rule:
             return times(widened(leaf), lowest / leaf.scale if isinstance(leaf, ScaledTensor) else lowest)
 
         arguments = [mapped(aligned if i in positions else widened, arg) for i, arg in enumerate(args)]
-        result = func(*arguments, **kwargs)
-        return rounded(
-            result, dtype, lowest, shifts, lambda total, scale: shifts.of_sum(total, scale, scales)
-        )
+        results = func(*arguments, **kwargs)
+        count = 1 if isinstance(results, torch.Tensor) else len(results)
+        choose = partial(shifts.of_sum, meeting=scales)
+        return all_rounded(results, [dtype] * count, lowest, shifts, choose)
 
     return rule
 
@@ -68,3 +69,4 @@ register("joins", joins(0, 3), *"aten.index_fill aten._unsafe_masked_index_put_a
 register("joins", joins(0, 3), "aten._unsafe_masked_index")
 register("joins", joins(0, 1), *"aten.select_scatter aten.slice_scatter aten.diagonal_scatter".split())
 register("joins", joins(0, 1), "aten.as_strided_scatter")
+register("joins", joins(0, 1), "aten._thnn_fused_lstm_cell_backward_impl")
