@@ -92,6 +92,17 @@ def owner_of(parameter: Any) -> Any:
     return home and home.model()
 
 
+def holder_of(link: chainer.Link) -> tuple[Any, str] | None:
+    """A scaled model that a link lies in, and the link's path there."""
+    for reference in list(_models.values()):
+        model = reference()
+        found = {} if model is None else named_links(model)
+        path = next((path for path, other in found.items() if other is link and path != "/"), None)
+        if path is not None:
+            return model, path
+    return None
+
+
 def scaled_models(target: chainer.Link) -> dict[str, Any]:
     """The scaled models that a link holds, each once, by path, and those that its parameters are in."""
     found = {path: link for path, link in named_links(target).items() if is_scaled(link)}

@@ -206,6 +206,13 @@ def _check(link: Any) -> None:
     require_link(link)
     if isinstance(link, AdaLossScaled):
         raise ValueError("This link is scaled already: call AdaLossScaled once.")
+    holder = ownership.holder_of(link)
+    if holder is not None:
+        model, path = holder
+        raise ValueError(
+            f"This link is {path} of a model that is scaled already, {type(model).__name__}: for settings of "
+            f"its own give AdaLossScaled layers={{{path!r}: ...}} there."
+        )
     if inspect.getattr_static(link, NAME, None) is not None:
         raise ValueError(
             f"{type(link).__name__} has an attribute {NAME!r}, the one name that AdaLossScaled needs: "

@@ -43,6 +43,7 @@ class Scope:
         first = chainer.config.enable_backprop and self.policy.fan_outs is None
         applied: list[tuple[Any, str]] | None = [] if first else None
         recorder = self.recorder(applied)
+        args, kwargs = map_variables(_entering, (args, kwargs), objects=False)
         results = self._computed(recorder, partial(forward, *args, **kwargs))
         if applied is not None:
             self.policy.fan_outs = find_fan_outs(applied)
@@ -108,11 +109,21 @@ class Scope:
             return result
         if not isinstance(result, chainer.Variable):
             return result.astype(self.output_dtype)
-        return result if result.array is None else chainer.functions.cast(result, self.output_dtype)
+        if result.array is None:
+            return result
+        left = chainer.functions.cast(result, self.output_dtype)
+        left.ada_loss_left = result.dtype
+        return left
 
     def _path_of(self, link: chainer.Link) -> str | None:
         root = self.link()
         return None if root is None else self.paths.find(link, root)
+
+
+def _entering(argument: Any) -> Any:
+    """An argument as it was before it left a scaled model: the next is given what a plain one would be."""
+    before = getattr(argument, "ada_loss_left", None)
+    return argument if before is None else chainer.functions.cast(argument, before)
 
 
 def _is_lazy(results: Any) -> bool:

@@ -256,3 +256,9 @@ def test_a_trainer_reports_the_names_of_the_plain_model(rng):
     model = ada.AdaLossScaled(L.Classifier(L.Linear(4, 4)))
     result = extensions.Evaluator(iterator, model)()
     assert result.keys() == {"main/loss", "main/accuracy"}
+
+
+def test_a_part_of_a_scaled_model_is_told_where_its_settings_go():
+    model = ada.AdaLossScaled(chainer.Chain(body=chainer.Sequential(L.Linear(4, 4))))
+    with pytest.raises(ValueError, match=r"/body/0 of a model.*layers=\{'/body/0'"):
+        ada.AdaLossScaled(model.body[0])
