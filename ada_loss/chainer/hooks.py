@@ -41,6 +41,18 @@ def hooked(function: Any, gys: tuple[Any, ...], exponent: int) -> Iterator[Gradi
                 hook.backward_postprocess(function, in_data, seen)
 
 
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Within it no function hooks of this thread are called."""
+    hooks = chainer.get_function_hooks()
+    kept = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
+
+
 def _hooks_of(function: Any) -> list[Any]:
     """The hooks of this thread and of the function itself that are called in backward."""
     hooks = dict(chainer.get_function_hooks())

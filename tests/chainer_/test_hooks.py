@@ -7,6 +7,7 @@ import pytest
 
 from helpers import assert_same_bits, dtype, signal_to_noise
 from twins import Graph, draw, gradients, weighted_sum, wrapped_copy
+from user_code import again
 
 SMALL = 2.0**-18
 
@@ -156,6 +157,33 @@ class TestInFloat16:
         expected = observed(wide, Acting(ACTS[kind], only), x.astype("f"), SMALL)
         for path, _ in wide.namedparams():
             assert signal_to_noise(found[path], expected[path]) > 40, path
+
+    def pair_that_computes_again(self):
+        block = lambda m, h: F.tanh(m.b(h))  # noqa: E731
+        combine = lambda m, x: m.c(again(lambda h: block(m, h), F.tanh(m.a(x))))  # noqa: E731
+        with dtype("mixed16"):
+            narrow = Graph(combine)
+        wide = Graph(combine)
+        wide.copyparams(narrow)
+        return wrapped_copy(narrow), wide
+
+    def test_are_called_once_in_passes_inside_a_backward(self, rng):
+        x, seen = draw(rng).astype("e"), []
+        for model in self.pair_that_computes_again():
+            with Acting() as hook:
+                gradients(model, lambda m, x: weighted_sum(m(x)), [x.astype(model.a.W.dtype)], SMALL)
+            seen.append([label for label, _ in hook.seen if label != "Cast"])
+        assert seen[0] == seen[1]
+
+    @pytest.mark.parametrize("kind", ["clips", "makes tiny"])
+    def test_change_gradients_in_passes_inside_a_backward(self, kind, rng):
+        x, found = draw(rng).astype("e"), []
+        for model in self.pair_that_computes_again():
+            x = x.astype(model.a.W.dtype)
+            found.append(observed(model, Acting(ACTS[kind], "Tanh"), x, SMALL))
+        for path, expected in found[1].items():
+            if path.startswith("/"):
+                assert signal_to_noise(found[0][path], expected) > 35, path
 
     def test_leave_bits_alone_that_they_do_not_change(self, rng):
         narrow, _ = self.pair()
