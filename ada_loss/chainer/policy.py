@@ -38,8 +38,9 @@ class ChainerPolicy(ShiftPolicy):
 
     def next_call(self, path: str) -> int:
         """How often `path` has been asked for in this step."""
-        if not self.stepped and not backward_state.running():
-            self.clear()
+        if self._met and not self.stepped and not backward_state.running():
+            # Nobody says whether the passes before and the next one make one step.
+            self.begin_step()
         return super().next_call(path)
 
     def choose_for(

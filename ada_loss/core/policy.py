@@ -200,13 +200,13 @@ class ShiftPolicy:
         """
         if self._met:
             self.begin_step()
+            if not self.stepped:
+                self._count_passes()
 
     def begin_step(self) -> None:
         """Count the applications of each layer from zero again."""
         if not self.shared:
             self.use_measurements()
-        if not self.stepped:
-            self._count_passes()
         self._calls.clear()
         self._met.clear()
 

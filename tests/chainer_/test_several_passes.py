@@ -152,6 +152,23 @@ def test_a_generator_and_a_critic_that_is_updated_more_often(settings, rng):
     assert all(optimizer.entry_scale.skipped <= 2 for optimizer in optimizers.values())
 
 
+@pytest.mark.parametrize("settings", LATE)
+def test_without_an_optimizer_gradients_that_are_cleared_end_a_step(settings, rng):
+    with dtype("mixed16"):
+        model = AdaLossScaled(Net(), **settings)
+    wide = Net()
+    wide.copyparams(model)
+    for _ in range(8):
+        model.cleargrads()
+        wide.cleargrads()
+        tasks = rng.permutation(list(TASKS))
+        for task in tasks:
+            x = rng.standard_normal((16, 6)).astype("e")
+            loss_of(model, x, task).backward()
+            loss_of(wide, x.astype("f"), task).backward()
+        assert_right(model, wide, tasks)
+
+
 def test_steps_of_one_pass_are_delayed_again_after_a_while(rng):
     model, optimizer, wide = pair(timing="delayed")
     policy = model.ada_loss.policy
