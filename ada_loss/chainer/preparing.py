@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ada_loss.chainer.mn import prepare_multi_node
+from ada_loss.chainer.multi_node import prepare_multi_node
 from ada_loss.chainer.optimizer import look_after, prepare_step, require_scopes
 from ada_loss.chainer.own_updates import optimizers_inside
 from ada_loss.chainer.settings import require_optimizer

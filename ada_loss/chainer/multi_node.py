@@ -1,4 +1,4 @@
-"""ChainerMN: what ranks have to agree on, since they see different data and choose different exponents."""
+"""ChainerMN's multi-node optimizer, prepared: ranks average true gradients, and skip the same steps."""
 
 from __future__ import annotations
 
