@@ -4,6 +4,7 @@ A graph is a list of steps, each of which applies a function to earlier values o
 results to them. Values and layers may be used any number of times, or never.
 """
 
+import copy
 import os
 
 import chainer
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from ada_loss.chainer import AdaLossScaled, functions, prepare
-from twins import assert_exact
+from helpers import assert_same_bits
+from twins import assert_exact, gradients
 from user_code import AgainInOldStyle, ByHand, add_a_new_array, add_by_method, add_in_place, again, changing
 
 ROWS, SIZE = 3, 4
@@ -148,15 +150,66 @@ class Program(chainer.Link):
             values += [self.hold(value) for value in (made if isinstance(made, tuple) else (made,))]
         return [values[place % len(values)] for place in (-1, *self.results)]
 
+    def compute(self, *inputs):
+        return self.forward(*inputs)
+
+    def one_by_one(self, *inputs):
+        yield from self.forward(*inputs)
+
     def keep(self, value):
         self.kept = value
         return F.tanh(value)
 
 
-def programs(names):
+WAYS = {
+    "a call": lambda program, *xs: program(*xs),
+    "forward": lambda program, *xs: program.forward(*xs),
+    "a method": lambda program, *xs: program.compute(*xs),
+    "a generator": lambda program, *xs: list(program.one_by_one(*xs)),
+}
+
+
+class Row(chainer.Chain):
+    """Programs, each of which takes the first result of the one before and the second input.
+
+    ways: how each of them is computed.
+    """
+
+    def __init__(self, programs, ways):
+        super().__init__(**{f"program{place}": program for place, program in enumerate(programs)})
+        self.ways = ways[: len(programs)]
+
+    @property
+    def programs(self):
+        return [self[f"program{place}"] for place in range(len(self.ways))]
+
+    @property
+    def steps(self):
+        return [step for program in self.programs for step in program.steps]
+
+    def hold(self, change):
+        for program in self.programs:
+            program.hold = change
+
+    def forward(self, *inputs):
+        results = inputs
+        for program, way in zip(self.programs, self.ways, strict=True):
+            results = WAYS[way](program, results[0], inputs[1])
+        return results
+
+
+def programs(names, longest=14):
     place = st.integers(0, 30)
-    steps = st.lists(st.tuples(st.sampled_from(sorted(names)), place, place, place), min_size=1, max_size=14)
+    steps = st.lists(
+        st.tuples(st.sampled_from(sorted(names)), place, place, place), min_size=1, max_size=longest
+    )
     return st.builds(Program, steps, st.lists(place, max_size=3))
+
+
+def rows(names, longest):
+    """One model or two in a row, computed by their calls or in other ways."""
+    ways = st.lists(st.sampled_from(sorted(WAYS)), min_size=2, max_size=2)
+    return st.builds(Row, st.lists(programs(names, longest), min_size=1, max_size=2), ways)
 
 
 def with_examples(share, **given_arguments):
@@ -211,6 +264,22 @@ def test_any_graph_has_plain_chainers_gradients_in_float32(program, seed, order,
 
     scaled = assert_exact(program, drawn(seed), run, decisions=ANY, mixed16=None)
     assert all(abs(decision.exponent) < 100 for decision in scaled.ada_loss.decisions)
+
+
+@pytest.mark.parametrize("timing", ["current", "delayed"])
+@with_examples(2, row=rows(STEPS | EXACT_ONLY, 8), seed=st.integers(0, 99), passes=st.integers(1, 2))
+def test_so_have_models_in_a_row_and_other_methods_than_forward(timing, row, seed, passes):
+    def run(model, *xs):
+        for _ in range(passes - 1):
+            weighted(model(*xs[::-1])).backward()
+        return weighted(model(*xs))
+
+    scaled = copy.deepcopy(row)
+    for program, exponent in zip(scaled.programs, (-7, 5), strict=False):
+        AdaLossScaled(program, timing=timing, init_scale=2.0**exponent)
+    for _ in range(2):
+        expected, found = (gradients(model, run, drawn(seed))[1] for model in (row, scaled))
+        assert_same_bits(found, expected)
 
 
 class _Any:
@@ -293,22 +362,56 @@ def test_in_float16_they_are_so_whatever_passes_a_step_adds_up(settings, program
         assert error <= bound, (path, error / bound)
 
 
+@pytest.mark.parametrize("timing", ["current", "delayed"])
+@with_examples(2, row=rows(STEPS, 6), seed=st.integers(0, 99), power=st.integers(-24, 2))
+def test_in_float16_models_in_a_row_and_other_methods_are_as_good(timing, row, seed, power):
+    inputs = [x.astype(np.float16) for x in drawn(seed)]
+    for parameter in row.params():
+        parameter.array = parameter.array.astype(np.float16)
+    held = []
+    row.hold(lambda value: held.append(value.array) or value)
+    for program in row.programs:
+        AdaLossScaled(program, timing=timing)
+    for _ in range(2):
+        held.clear()
+        row.cleargrads()
+        (weighted(row(*map(chainer.Variable, inputs))) * 2.0**power).backward()
+    exact = reference(row, inputs, held, lambda array: array)
+    most = reference(row, inputs, held, np.abs)
+    for place, program in enumerate(row.programs):
+        for path, gradient in given(program):
+            path = f"/program{place}{path}"
+            error = np.linalg.norm(np.ldexp(gradient.astype(np.float64), -power) - exact[path])
+            bound = (len(row.steps) + 2) * 2.0**-11 * np.linalg.norm(most[path])
+            assert error <= bound, (path, error / bound)
+
+
 def given(scaled):
     return [(path, g) for path, g in scaled.true_gradients().items() if g is not None]
 
 
 def reference(program, inputs, held, change):
-    """Gradients in float64 of a program whose values are held at given ones, all of them changed."""
-    twin = Program(program.steps, program.results)
+    """Gradients in float64 of a program or a row whose values are held at given ones, all of them changed."""
+    twin = plain_twin(program)
     for path, parameter in twin.namedparams():
         parameter.array = change(dict(program.namedparams())[path].array.astype(np.float64))
     values = iter(held)
-    twin.hold = lambda value: Held(change(next(values).astype(np.float64))).apply((value,))[0]
+    hold = lambda value: Held(change(next(values).astype(np.float64))).apply((value,))[0]  # noqa: E731
+    if isinstance(twin, Row):
+        twin.hold(hold)
+    else:
+        twin.hold = hold
     twin.cleargrads()
     results = twin(*(chainer.Variable(change(x.astype(np.float64))) for x in inputs))
     factors = change(weights(len(results)).astype(np.float64))
     sum(F.sum(y * factor) for y, factor in zip(results, factors, strict=True)).backward()
     return {path: np.zeros(p.shape) if p.grad is None else p.grad for path, p in twin.namedparams()}
+
+
+def plain_twin(model):
+    if isinstance(model, Row):
+        return Row([plain_twin(program) for program in model.programs], model.ways)
+    return Program(model.steps, model.results)
 
 
 class Held(chainer.FunctionNode):
