@@ -64,7 +64,8 @@ class AdaLossScaled(Watched, chainer.Link):
         TypeError: `link` is no link, or there is no setting of a name.
         ValueError: a setting is wrong, the link is scaled already, or it has an attribute `ada_loss`.
 
-    Inside another scaled model it is just a link.
+    The graph decides what is scaled, whatever computed a loss: functions that the link's call applied, that
+    use a parameter of the link, or float16 results of these. Inside another scaled model it is just a link.
 
     In float32 gradients equal those of the plain link bit for bit. A function of your own is handed the true
     gradient there. In float16 it has to be linear in its gradient, as every one of Chainer's is, or the true
