@@ -41,6 +41,11 @@ class Recording:
         """Whether the present step is sampled."""
         return self._recorder.sampling
 
+    @property
+    def lost(self) -> float | None:
+        """The largest share that any gradient had lost in the latest sampled step; None before the first."""
+        return self._recorder.lost
+
     def end_step(
         self, loss: Any = None, metrics: Mapping[str, Any] | None = None, *, began: Place | None = None
     ) -> None:
@@ -145,6 +150,18 @@ def record(
     )
     file = RecordFile(out, header, most_bytes=most_bytes, resume=step > 0)
     return Recording(optimizer, RunRecorder(file, every=every, step=step))
+
+
+def scale_range(optimizer: Any) -> tuple[int, int]:
+    """The smallest and the largest exponent that gradients carry out of the layers of a model, as
+    they were last scaled."""
+    power = floor_log2(optimizer._loss_scale or 1)
+    found = [
+        power + exponent
+        for scope in scopes(optimizer.target)
+        for exponent in (scope.policy.entry.exponent, *(d.exponent + d.shift for d in scope.decisions))
+    ]
+    return min(found, default=power), max(found, default=power)
 
 
 def number(value: Any) -> float:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ada_loss.core.histogram import Histogram
 from ada_loss.core.record_file import RecordFile, RecordsInMemory
-from ada_loss.core.records import UNSHIFTED, EndRecord, Place, PlaceRecord, Shift, StepRecord
+from ada_loss.core.records import ACTIVATION, UNSHIFTED, EndRecord, Place, PlaceRecord, Shift, StepRecord
 
 Counted = Histogram | Callable[[], Histogram]
 """A histogram, or what waits for one: a GPU need not be waited for before the step ends."""
@@ -91,7 +91,8 @@ class _Observed:
 class RunRecorder:
     """Records a run into a file: every `every`-th step its places, and besides every step that was skipped.
 
-    Holds the observations of one step at most.
+    Holds the observations of one step at most. `lost` is the largest share that any gradient had lost in the
+    latest sampled step: measured, or below the smallest float16; None before the first.
 
     Args:
         file: where to; `RecordsInMemory` will do as well.
@@ -109,6 +110,7 @@ class RunRecorder:
         self.every = every
         self.step = step
         self.skipped = 0
+        self.lost: float | None = None
         self._observed: dict[Place, list[_Observed]] = {}
         self._ended = False
 
@@ -146,6 +148,8 @@ class RunRecorder:
         self.skipped += skipped
         places = [self._record(place, several) for place, several in self._observed.items()]
         self._observed = {}
+        if places:
+            self.lost = max(map(_share_lost, places))
         if self.sampling or skipped or metrics:
             if skipped and began is None:
                 began = next((record.place for record in places if not record.finite), None)
@@ -173,6 +177,15 @@ class RunRecorder:
             if lost is not None:
                 lost += _number(other.lost) or 0
         return PlaceRecord(self.step, place, histogram, first.exponent, first.shift, lost, reference)
+
+
+def _share_lost(record: PlaceRecord) -> float:
+    """The share that a gradient has lost; nothing of what the forward pass has computed."""
+    if record.place.kind == ACTIVATION:
+        return 0.0
+    if record.lost is None or record.reference is None:
+        return record.histogram.underflow(record.exponent)
+    return record.lost / record.reference.nonzero if record.lost else 0.0
 
 
 def _counted(histogram: Counted) -> Histogram:

@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
     "resume",
     "log_interval",
     "checkpoint_interval",
+    "record_interval",
     "tensorboard",
     "iteration",
     "step",
@@ -94,6 +95,7 @@ class Settings:
     resume: str | None
     log_interval: int
     checkpoint_interval: int
+    record_interval: int
     tensorboard: bool
     check: bool
 

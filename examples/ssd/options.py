@@ -175,6 +175,12 @@ def training_parser() -> OneSentenceParser:
     )
     add("--log-interval", type=count, default=20, help="iterations between rows of the log")
     add("--checkpoint-interval", type=count, default=1000, help="iterations between checkpoints")
+    add(
+        "--record-interval",
+        type=count_or_zero,
+        default=100,
+        help="iterations between records of all gradients, for python -m ada_loss.report; 0 for none",
+    )
     add("--tensorboard", action="store_true", help="also write what TensorBoard reads")
     add("--no-check", action="store_false", dest="check", help="begin without looking through the data set")
     for name, advice in FORMER.items():

@@ -13,6 +13,7 @@ import numpy as np
 
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
+from ada_loss.report.facts import load
 from arguments import Settings, parse_settings
 from cautions import cautions
 from errors import DIVERGED, InputError, caution, ends_cleanly
@@ -21,7 +22,7 @@ from output import reserved
 from ranks import Alone, choose_communicator, choose_device, start_ranks
 from reporting import find_summary_writer
 from threads import use_half_of_the_cores
-from training import assemble, summary
+from training import assemble, records_gradients, summary
 
 
 @ends_cleanly
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.rank == 0:
         print(result["message"] or "", end="\n" if result["message"] else "")
         print(summary(result, settings.out))
+        if records_gradients(settings):
+            print(*load([settings.out])[0].summary(), sep="\n")
     return DIVERGED if result["outcome"] == "diverged" else 0
 
 

@@ -16,6 +16,8 @@ from chainer.training.extension import PRIORITY_WRITER
 from chainercv.links.model.ssd import SSD
 
 from ada_loss.chainer import AdaLossScaled, Diverged, kernels, prepare
+from ada_loss.chainer.extensions import Record
+from ada_loss.chainer.recording import scale_range
 from arguments import Settings
 from batches import BatchIterator, Schedule
 from checking import look_through
@@ -178,6 +180,11 @@ def scaling_state(optimizer: Any) -> tuple[int, float]:
     return (optimizer.skipped, 1.0) if entry is None else (entry.skipped, entry.scale)
 
 
+def records_gradients(settings: Settings) -> bool:
+    """Whether a run records its gradients: in float32 none would be lost."""
+    return settings.record_interval > 0 and settings.dtype != "float32"
+
+
 def method_name(settings: Settings) -> str:
     """The loss scaling of a run in a few words."""
     if settings.dtype == "float32":
@@ -229,12 +236,20 @@ def _extend(trainer: Trainer, settings: Settings, ranks: Alone, model: SSD, test
         batch_size=settings.test_batchsize,
     )
 
+    records = Record(every=settings.record_interval or 1, metrics=("map",), name=method_name(settings))
+    recorded = ranks.rank == 0 and records_gradients(settings)
+
     def skipped() -> int:
         return scaling_state(optimizer)[0]
 
     def report_state(trainer: Trainer) -> None:
         skipped, scale = scaling_state(optimizer)
         chainer.report({"lr": optimizer.lr, "skipped": skipped, "scale": scale})
+        if settings.dtype != "float32":
+            smallest, largest = scale_range(optimizer)
+            chainer.report({"scale/min": 2.0**smallest, "scale/max": 2.0**largest})
+        if recorded and records.lost is not None:
+            chainer.report({"underflow": records.lost})
 
     def report_precision(trainer: Trainer) -> None:
         precisions = evaluate(detector, test_set, ranks)
@@ -251,6 +266,8 @@ def _extend(trainer: Trainer, settings: Settings, ranks: Alone, model: SSD, test
     trainer.extend(BestWeights(model, ranks), name="BestWeights", trigger=evaluated)
     trainer.extend(LastGoodWeights(model, skipped, logged), name="LastGoodWeights", trigger=(1, "iteration"))
     add_reports(trainer, ranks, logged, evaluated, last, settings.tensorboard)
+    if recorded:
+        trainer.extend(records)
     trainer.extend(RandomState(), name="RandomState", trigger=at([]))
     checkpoints = Checkpoints(settings.out / FOLDER, settings.numerics(), ranks)
     trainer.extend(checkpoints, name="Checkpoints", trigger=every(settings.checkpoint_interval, last))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from chainer.training import extension
+from chainer.training import extension, extensions
 
 from ada_loss.chainer.optimizer import named_scopes
 from ada_loss.core.decision import Decision
@@ -13,36 +13,80 @@ from ada_loss.core.policy import ShiftPolicy
 
 
 def observe_scales(
-    optimizer_name: str = "main", *, layers: bool = False, prefix: str = "ada_loss"
-) -> Callable[[Any], None]:
-    """An extension that reports the scales of an optimizer's model, for `LogReport` to log.
+    optimizer_name: str = "main", *, layers: bool = False, prefix: str | None = None
+) -> ObserveScales:
+    """An extension that has the scales of an optimizer's model logged by `LogReport`.
 
-    It reports `PREFIX/exponent`, log2 of the entry scale, and `PREFIX/skipped`, how many steps have been
-    skipped so far because gradients overflowed. With `layers` also, for every decision point as it was last
+    Every row of the log gets them as they are when it is written, whatever triggers it. They are also
+    observed when the extension itself is triggered, once an epoch unless told otherwise, for extensions that
+    do not go by the log.
+
+    `PREFIX/exponent` is log2 of the entry scale, `PREFIX/skipped` how many steps have been skipped so far
+    because gradients overflowed. With `layers` there are also, for every decision point as it was last
     measured, `PREFIX/shift/PATH`, log2 of the scale that the layer adds, and `PREFIX/zeros/PATH`, the share
     of its output gradient that is zero: what has underflowed, besides what ReLU and the like leave out
-    (`fixed` measures nothing). A model with several scopes has the path of each behind PREFIX.
+    (`fixed` measures nothing); `extensions.Record` tells the two apart. A model with several scopes has the
+    path of each behind PREFIX.
 
-    It runs once an epoch; give it the trigger of `LogReport`, which otherwise logs a mean over several calls.
+    Args:
+        optimizer_name: of the updater's optimizer.
+        layers: whether every layer is of interest.
+        prefix: what names begin with: `ada_loss`, or `ada_loss/NAME` for another optimizer than `main`.
     """
+    if prefix is None:
+        prefix = "ada_loss" if optimizer_name == "main" else f"ada_loss/{optimizer_name}"
+    return ObserveScales(optimizer_name, layers, prefix)
 
-    @extension.make_extension(trigger=(1, "epoch"), priority=extension.PRIORITY_WRITER)
-    def observe(trainer: Any) -> None:
-        scopes = named_scopes(trainer.updater.get_optimizer(optimizer_name).target)
+
+class ObserveScales(extension.Extension):
+    """What `observe_scales` describes."""
+
+    trigger = 1, "epoch"
+    priority = extension.PRIORITY_WRITER
+
+    def __init__(self, optimizer_name: str, layers: bool, prefix: str) -> None:
+        self._optimizer_name = optimizer_name
+        self._layers = layers
+        self._prefix = prefix
+        self.name = f"observe_scales_{optimizer_name}"
+
+    def initialize(self, trainer: Any) -> None:
+        """Have the values put into every row of every log."""
+        for entry in trainer._extensions.values():
+            log = entry.extension
+            if isinstance(log, extensions.LogReport):
+                log._postprocess = self._completed(log._postprocess, trainer, log._keys)
+
+    def __call__(self, trainer: Any) -> None:
+        """Observe the values."""
+        trainer.observation.update(self._values(trainer))
+
+    def _completed(
+        self, before: Callable[[dict[str, Any]], None] | None, trainer: Any, keys: Any
+    ) -> Callable[[dict[str, Any]], None]:
+        def complete(row: dict[str, Any]) -> None:
+            values = self._values(trainer)
+            row.update({name: value for name, value in values.items() if keys is None or name in keys})
+            if before is not None:
+                before(row)
+
+        return complete
+
+    def _values(self, trainer: Any) -> dict[str, float]:
+        scopes = named_scopes(trainer.updater.get_optimizer(self._optimizer_name).target)
+        found = {}
         for path, scope in scopes.items():
-            start = prefix + path if len(scopes) > 1 else prefix
-            readings = {**_entry(scope.policy), **(_layers(scope.policy) if layers else {})}
-            for name, value in readings.items():
-                trainer.observation[f"{start}/{name}"] = value
-
-    return observe
+            start = self._prefix + path if len(scopes) > 1 else self._prefix
+            readings = {**_entry(scope.policy), **(_of_layers(scope.policy) if self._layers else {})}
+            found.update({f"{start}/{name}": value for name, value in readings.items()})
+        return found
 
 
 def _entry(policy: ShiftPolicy) -> dict[str, float]:
     return {"exponent": policy.entry.exponent, "skipped": policy.entry.skipped}
 
 
-def _layers(policy: ShiftPolicy) -> dict[str, float]:
+def _of_layers(policy: ShiftPolicy) -> dict[str, float]:
     readings: dict[str, float] = {}
     for decision in policy.decisions.values():
         readings[f"shift{_name(decision)}"] = decision.shift

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chainer.training import extension
@@ -22,6 +22,7 @@ class Record(extension.Extension):
         optimizer_name: of the updater's optimizer.
         out: the directory, if not the trainer's.
         loss: under which name the loss is observed.
+        metrics: names of what is to be recorded whenever it is observed, besides what validation finds.
         name: what to call the run beside others; its method by default.
     """
 
@@ -37,15 +38,22 @@ class Record(extension.Extension):
         optimizer_name: str = "main",
         out: str | os.PathLike[str] | None = None,
         loss: str = "main/loss",
+        metrics: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
         self._every = every
         self._optimizer_name = optimizer_name
         self._out = out
         self._loss = loss
+        self._metric_names = frozenset(metrics)
         self._name = name
         self._recording: Recording | None = None
         self._outcome = "finished"
+
+    @property
+    def lost(self) -> float | None:
+        """The largest share that any gradient had lost in the latest sampled step; None before the first."""
+        return None if self._recording is None else self._recording.lost
 
     def initialize(self, trainer: Any) -> None:
         """Begin: called before the first iteration."""
@@ -82,7 +90,8 @@ class Record(extension.Extension):
         sampling = self._recording is not None and self._recording.sampling
         found = {}
         for name, value in observed.items():
-            if name.startswith("validation/") or sampling and name.startswith("main/") and name != self._loss:
+            evaluated = name.startswith("validation/") or name in self._metric_names
+            if evaluated or sampling and name.startswith("main/") and name != self._loss:
                 try:
                     found[name] = number(value)
                 except (TypeError, ValueError):

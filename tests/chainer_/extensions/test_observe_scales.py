@@ -15,13 +15,14 @@ from toy import SIZE, batch, prepared, training
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def logged(tmp_path, target, t, steps=6, **options):
-    """What LogReport holds after some steps on constant inputs; every second one is logged."""
+def logged(tmp_path, target, t, steps=6, *, own=(2, "iteration"), **options):
+    """What LogReport holds after some steps on constant inputs; every second one is logged. own: the trigger
+    of the extension itself."""
     x, _ = batch(np.random.default_rng(60), len(t))
     iterator = chainer.iterators.SerialIterator(chainer.datasets.TupleDataset(x, t), 2, shuffle=False)
     updater = chainer.training.StandardUpdater(iterator, prepared(target))
     trainer = chainer.training.Trainer(updater, (steps, "iteration"), str(tmp_path))
-    trainer.extend(observe_scales(**options), trigger=(2, "iteration"))
+    trainer.extend(observe_scales(**options), trigger=own)
     trainer.extend(extensions.LogReport(trigger=(2, "iteration")))
     trainer.run()
     return trainer.get_extension("LogReport").log
@@ -39,6 +40,20 @@ def test_the_log_tells_skipped_steps_and_the_entry_scale(tmp_path):
         log = logged(tmp_path, training(init_scale=8), targets(infinite_at=5))
     assert [entry["ada_loss/skipped"] for entry in log] == [0, 1, 1]
     assert [entry["ada_loss/exponent"] for entry in log] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("own", [(1, "iteration"), (1, "epoch"), (5, "iteration")])
+def test_every_row_of_the_log_has_the_values_of_its_end_whatever_the_own_trigger(tmp_path, own):
+    with dtype("mixed16"):
+        log = logged(tmp_path, training(init_scale=8), targets(infinite_at=5), own=own)
+    assert [entry["ada_loss/skipped"] for entry in log] == [0, 1, 1]
+    assert [entry["ada_loss/exponent"] for entry in log] == [3, 2, 2]
+
+
+def test_every_optimizer_has_a_prefix_of_its_own():
+    names = {observe_scales(name)._prefix for name in ("main", "generator", "critic")}
+    assert names == {"ada_loss", "ada_loss/generator", "ada_loss/critic"}
+    assert observe_scales(prefix="x")._prefix == "x"
 
 
 def test_layers_are_told_only_if_asked_for(tmp_path):
