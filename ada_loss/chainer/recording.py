@@ -153,13 +153,13 @@ def record(
 
 
 def scale_range(optimizer: Any) -> tuple[int, int]:
-    """The smallest and the largest exponent that gradients carry out of the layers of a model, as
+    """The smallest and the largest exponent with which gradients leave the layers of an optimizer's model, as
     they were last scaled."""
     power = floor_log2(optimizer._loss_scale or 1)
     found = [
-        power + exponent
+        power + decision.exponent + decision.shift
         for scope in scopes(optimizer.target)
-        for exponent in (scope.policy.entry.exponent, *(d.exponent + d.shift for d in scope.decisions))
+        for decision in scope.decisions
     ]
     return min(found, default=power), max(found, default=power)
 

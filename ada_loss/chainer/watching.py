@@ -44,9 +44,6 @@ from ada_loss.core.records import (
     Shift,
 )
 
-ENTRY = "(entry)"
-"""The path of casts that leave float16 outside of the model, as that of a loss in float32."""
-
 _BIASES = ("b", "beta", "bias")
 
 
@@ -307,7 +304,8 @@ class _Functions(chainer.FunctionHook):
     def forward_postprocess(self, function: Any, in_data: Any) -> None:
         path = self._links.layer
         if path is None and is_decision(function):
-            path = self._links.path if self._links.running else ENTRY
+            # Functions that a chain applies by itself, such as the cast of its results.
+            path = f"{self._links.path.rstrip('/')}/({function.label})"
         function.ada_loss_place = path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ada_loss.chainer import kernels  # isort: skip  (has to come before Chainer)
 
+import io
 import json
 import shutil
 import sys
@@ -13,13 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL.Image import Image
+from PIL.Image import open as open_image
 
 import train_multi
+from ada_loss.report.facts import lines, load
+from ada_loss.report.pictures import to_png
+from ada_loss.report.window_chart import window_chart
 from command_line import OneSentenceParser
 from data_voc import JoinedDatasets
 from datasets import DATASETS
 from detector import Detector
-from drawing import draw_boxes, tile
+from drawing import above, draw_boxes, tile
 from errors import ends_cleanly
 from output import RESULT_FILE, alone_in
 from saved import load_detector_model
@@ -55,12 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     model, dataset = load_detector_model(OUT / WEIGHTS_FILE)
     kind = DATASETS[dataset]
-    draw_detections(Detector(model, SCORE), kind.open_test(args.dataset_dir), kind.classes).save(args.picture)
+    found = draw_detections(Detector(model, SCORE), kind.open_test(args.dataset_dir), kind.classes)
+    above(found, draw_windows(OUT)).save(args.picture)
     print(
         f"mAP {result['map']:.4f} on test images (VOC 2007 metric); some of them, with boxes, are in "
-        f"{args.picture}. The demonstration took {time.monotonic() - began:.0f} s."
+        f"{args.picture}, above the scales that suit each layer. The demonstration took "
+        f"{time.monotonic() - began:.0f} s."
     )
     return 0
+
+
+def draw_windows(out: Path) -> Image:
+    """For each layer of a run the single scales that would do for its gradients."""
+    (run,) = load([out])
+    chart = window_chart(run, lines(run, [run]))
+    return open_image(io.BytesIO(to_png(chart, run.sentence, "The scales that suit each layer's gradients")))
 
 
 def draw_detections(detector: Detector, dataset: JoinedDatasets, names: Sequence[str]) -> Image:

@@ -38,6 +38,15 @@ def draw_boxes(image: np.ndarray, boxes: Boxes, names: Sequence[str], enlarge: i
     return picture
 
 
+def above(first: Image.Image, second: Image.Image) -> Image.Image:
+    """A picture above another one, which is brought to the same width, on white."""
+    height = round(second.height * first.width / second.width)
+    sheet = Image.new("RGB", (first.width, first.height + height), "white")
+    sheet.paste(first, (0, 0))
+    sheet.paste(second.resize((first.width, height), Image.Resampling.LANCZOS), (0, first.height))
+    return sheet
+
+
 def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pictures of one size side by side, in rows, on white."""
     width, height = pictures[0].size
