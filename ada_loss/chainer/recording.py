@@ -103,6 +103,7 @@ def record(
     name: str | None = None,
     total: int | None = None,
     step: int = 0,
+    lost: float | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> Recording:
     """Record a training: on sampled steps histograms of every layer's float16 gradients and results.
@@ -117,6 +118,7 @@ def record(
         name: what to call the run beside others; the method by default.
         total: how many steps are planned.
         step: the number of the first step, of a training that goes on: records are appended then.
+        lost: the share that was lost in the latest sampled step before that.
         most_bytes: how large the file may grow.
 
     Returns:
@@ -149,7 +151,9 @@ def record(
         },
     )
     file = RecordFile(out, header, most_bytes=most_bytes, resume=step > 0)
-    return Recording(optimizer, RunRecorder(file, every=every, step=step))
+    recorder = RunRecorder(file, every=every, step=step)
+    recorder.lost = lost
+    return Recording(optimizer, recorder)
 
 
 def scale_range(optimizer: Any) -> tuple[int, int]:

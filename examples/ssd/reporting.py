@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import math
 import sys
@@ -179,8 +178,9 @@ def table_row(row: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as the progress bar writes it: h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    """A time as the progress bar writes it, h:mm:ss, and with days in hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _number(name: str, form: str) -> Callable[[Mapping[str, float]], str]:

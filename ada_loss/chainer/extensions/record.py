@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chainer
+import numpy as np
 from chainer.training import extension
 
 from ada_loss.chainer.recording import Recording, number, record
+from ada_loss.chainer.snapshot import load_optional
 
 
 class Record(extension.Extension):
@@ -48,12 +52,13 @@ class Record(extension.Extension):
         self._metric_names = frozenset(metrics)
         self._name = name
         self._recording: Recording | None = None
+        self._lost: float | None = None
         self._outcome = "finished"
 
     @property
     def lost(self) -> float | None:
         """The largest share that any gradient had lost in the latest sampled step; None before the first."""
-        return None if self._recording is None else self._recording.lost
+        return self._lost if self._recording is None else self._recording.lost
 
     def initialize(self, trainer: Any) -> None:
         """Begin: called before the first iteration."""
@@ -67,6 +72,7 @@ class Record(extension.Extension):
             name=self._name,
             total=iterations,
             step=updater.iteration,
+            lost=self._lost,
         )
 
     def __call__(self, trainer: Any) -> None:
@@ -74,6 +80,14 @@ class Record(extension.Extension):
         assert self._recording is not None, "Chainer initializes extensions before it calls them."
         observed = trainer.observation
         self._recording.end_step(observed.get(self._loss), self._metrics(observed))
+
+    def serialize(self, serializer: Any) -> None:
+        """Keep the share that was lost last, so that the log of a run that is resumed goes on with it."""
+        if isinstance(serializer, chainer.Serializer):
+            serializer("lost", np.array(math.nan if self.lost is None else self.lost))
+        else:
+            lost = load_optional(serializer, "lost")
+            self._lost = None if lost is None or math.isnan(lost) else float(lost)
 
     def on_error(self, trainer: Any, error: Exception, traceback: Any) -> None:
         """Note what ended the training."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from runs import meanwhile, press_ctrl_c, read, train
 
+from ada_loss.report.facts import load as load_records
 from batches import Schedule
 from pictures import draw_pictures
+from reporting import Pace, duration, heading, table_row
 
 # tensorboardX, with lines of JSON for events.
 RECORDER = """
@@ -127,3 +130,50 @@ def test_any_log_can_be_drawn(tmp_path, rows):
         draw_pictures(rows, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "map.png"]
     assert all(Image.open(path).size == (600, 400) for path in tmp_path.iterdir())
+
+
+def test_the_table_fits_80_columns_and_its_time_has_a_unit():
+    row = {
+        "iteration": 120000,
+        "main/loss": 1234.56789,
+        "lr": 1.23456e-05,
+        "scale/min": 2.0**-24,
+        "scale/max": 2.0**50,
+        "underflow": 1e-5,
+        "skipped": 1234,
+        "map": 0.12345,
+        "time_left": 98765,
+    }
+    assert len(heading()) == len(table_row(row)) <= 80
+    assert "2^-24..2^50" in table_row(row) and "<0.1 %" in table_row(row)
+    assert duration(4000) == "1:06:40" and table_row(row | {"time_left": 59}).endswith("0:00:59")
+    assert table_row(row).endswith(" 27:26:05")
+    assert len(table_row({"iteration": 1, "time_left": 0})) == len(heading())
+
+
+def test_time_left_is_what_the_recent_pace_makes_of_it(monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("reporting.time.monotonic", lambda: next(clock))
+    pace, trainer = Pace(), SimpleNamespace(updater=SimpleNamespace(iteration=10))
+    pace.initialize(trainer)
+    for _ in range(20):
+        trainer.updater.iteration += 1
+        pace(trainer)
+    assert pace.seconds_left(80) == 100
+
+
+def test_a_run_records_its_gradients_and_ends_with_five_lines(digits, tmp_path, capsys):
+    options = ("--dtype", "mixed16", "--iteration", "4", "--record-interval", "2", "--log-interval", "2")
+    train(digits, tmp_path / "run", *options)
+    records = load_records([tmp_path / "run"])[0]
+    assert records.sampled == [0, 2] and records.run.end.outcome == "finished"
+    assert records.layers
+    said = capsys.readouterr().out
+    assert all(line in said for line in records.summary())
+    rows = read(tmp_path / "run" / "log.json")
+    assert all({"scale/min", "scale/max", "underflow", "skipped"} <= row.keys() for row in rows)
+
+
+def test_recording_can_be_left_out(digits, tmp_path):
+    train(digits, tmp_path / "run", "--iteration", "1", "--record-interval", "0")
+    assert not (tmp_path / "run" / "records.jsonl").exists()
