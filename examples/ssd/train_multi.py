@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = run.train()
     if ranks.rank == 0:
         print(result["message"] or "", end="\n" if result["message"] else "")
-        print(summary(result, settings.out))
         if records_gradients(settings):
             print(*load([settings.out])[0].summary(), sep="\n")
+        print(summary(result, settings.out))
     return DIVERGED if result["outcome"] == "diverged" else 0
 
 
