@@ -45,4 +45,4 @@ def _grad_var(self: Any) -> Any:
 
 
 def _is_stranger(parameter: Any) -> bool:
-    return backward_state.exponent() != 0 and not isinstance(parameter, ScaledParameter)
+    return backward_state.is_noted() and not isinstance(parameter, ScaledParameter)

@@ -348,7 +348,7 @@ def is_ours(outputs: Any, loss_scale: float | None) -> bool:
     are float16. A RuntimeError if they have a loss scale, which the second pass would not know of.
     """
     if not chainer.config.enable_backprop:
-        return bool(backward_state.exponent()) or any(True for _ in in_scopes(outputs))
+        return backward_state.is_noted() or any(True for _ in in_scopes(outputs))
     scoped = list(in_scopes(outputs))
     if scoped and loss_scale not in (None, 1):
         raise RuntimeError("Double backpropagation through AdaLossScaled takes no loss scale: leave it out.")

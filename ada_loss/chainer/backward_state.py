@@ -109,6 +109,11 @@ def in_users_backward() -> bool:
     return _passes.changes is not _NONE and not _passes.changes.hook
 
 
+def is_noted() -> bool:
+    """Whether what passes change is of interest to the code that starts them inside another pass."""
+    return _passes.changes.kept or _passes.changes.exponent != 0
+
+
 def changes() -> Changes:
     """What the user code that is running inside a pass has changed so far."""
     return _passes.changes

@@ -65,8 +65,9 @@ _RETREAT, _RETREATS = 4, 6
 def linear_backward(cls: Class) -> Class:
     """Declare a function class to be linear in its gradient: a decorator for a `FunctionNode` or `Function`.
 
-    In float16 its backward is then computed once only. What it starts and writes still carries the right
-    scale. A subclass that has a backward of its own is not declared by this.
+    In float16 its backward is then computed once only, as it has to be where it exchanges data with other
+    processes. What it starts and writes still carries the right scale. A subclass that has a backward of its
+    own is not declared by this.
     """
     setattr(cls, _LINEAR, True)
     return cls
@@ -99,14 +100,16 @@ def users_gradients(
     """
     halves = _half_floats(function, targets, gys)
     if not halves or all(gy is None or not gy.any() for gy in gys):
-        with backward_state.carrying(0):
-            return _backward(function, targets, _shifted(gys, -exponent)), 0
+        with backward_state.carrying(0) as changes:
+            gxs = _backward(function, targets, _shifted(gys, -exponent))
+        _hand_on_leaves(changes)
+        return gxs, 0
     if halves == {"inputs"}:
         gys, exponent = _ready_to_round(gys, exponent, headroom)
     calls = _Calls(function, targets, checked=not _is_declared(function))
     result = calls.at(gys, exponent)
-    for _ in range(_RETREATS if retreats else 0):
-        if all_finite(_present(result.gxs)) or not all_finite(_present(gys)):
+    for _ in range(_RETREATS if retreats and not _is_declared(function) else 0):
+        if result.changes.communicates or all_finite(_present(result.gxs)) or not all_finite(_present(gys)):
             break
         gys, exponent = _shifted(gys, -_RETREAT), exponent - _RETREAT
         result = calls.at(gys, exponent)
@@ -163,12 +166,7 @@ class _Calls:
         """Let the changes of one of the calls stand."""
         for key, (parameter, _) in result.changes.parameters.items():
             parameter.exchange(result.after[key])
-        around = backward_state.changes()
-        for reference, before, array in result.changes.leaves.values():
-            if (leaf := reference()) is not None:
-                array = shifted(array, around.exponent - result.exponent)
-                _set_gradient(leaf, array)
-                around.give(leaf, before, array)
+        _hand_on_leaves(result.changes)
 
     def are_linear(self, result: _Result, gys: tuple[Any, ...]) -> bool:
         """Whether calls with gradients closer to the true ones give the same as `result`, that with `gys`.
@@ -331,6 +329,16 @@ def _true_gradient(parameter: Any, held: Any) -> Any:
         return parameter.true_gradient()
     finally:
         parameter.exchange(now)
+
+
+def _hand_on_leaves(changes: backward_state.Changes) -> None:
+    """Give leaves the gradients that passes inside gave them, as the code around sees gradients."""
+    around = backward_state.changes()
+    for reference, before, array in changes.leaves.values():
+        if (leaf := reference()) is not None:
+            array = shifted(array, around.exponent - changes.exponent)
+            _set_gradient(leaf, array)
+            around.give(leaf, before, array)
 
 
 def _set_gradient(leaf: Any, array: Any) -> None:

@@ -139,6 +139,28 @@ class TestPassesInsideABackward:
             weighted_sum(wide(x.astype("f"), w)).backward()
         assert signal_to_noise(z.grad, w.grad) > 40
 
+    def test_give_leaves_outside_true_gradients_from_float32_inside_float16(self, rng):
+        def inner(z):
+            return lambda h: F.sin(h) * F.cast(F.sin(z), "f")
+
+        def outer(m, z, mixed):
+            def block(h):
+                if not mixed:
+                    return m.b(F.sin(h) * F.sin(z))
+                return m.b(F.cast(again(inner(z), F.cast(h, "f")), "e"))
+
+            return block
+
+        with dtype("mixed16"):
+            link = Graph(lambda m, x, z: m.c(again(outer(m, z, True), m.a(x))))
+        wide = Graph(lambda m, x, z: m.c(outer(m, z, False)(m.a(x))))
+        wide.copyparams(link)
+        x, z = draw(rng).astype("e"), chainer.Variable(draw(rng).astype("e"))
+        w = chainer.Variable(z.array.astype("f"))
+        weighted_sum(wrapped_copy(link)(x, z)).backward()
+        weighted_sum(wide(x.astype("f"), w)).backward()
+        assert signal_to_noise(z.grad, w.grad) > 40
+
     def test_draw_the_same_random_numbers_however_often_they_are_computed(self, rng):
         with dtype("mixed16"):
             link = Graph(lambda m, x: m.c(again(lambda h: F.tanh(m.b(h)), F.dropout(m.a(x), 0.3))))
