@@ -20,13 +20,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 from batches import BatchIterator, Schedule
 from cifar_data import CifarSamples, LabelledImages, draw_stand_in, read_cifar
 from classification import TrainChain, accuracy
+from command_line import count, positive
 from command_options import (
     DTYPES,
-    OneSentenceParser,
     add_run_options,
     add_scaling_options,
-    count,
-    positive,
+    example_parser,
     scaling_name,
     scaling_of,
     settings_of,
@@ -107,7 +106,7 @@ def rate_in_epoch(epoch: float, base: float, n_layer: int) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneSentenceParser(__doc__)
+    parser = example_parser(__doc__)
     add = parser.add_argument_group("model, data and training").add_argument
     add("--n_layer", "--n-layer", type=int, choices=(20, 32, 44, 56, 110), default=20, help="of the ResNet")
     add("--n_class", "--n-class", type=int, choices=(10, 100), default=10, help="CIFAR-10 or CIFAR-100")

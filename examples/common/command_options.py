@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import chainer
 import numpy as np
 
 from ada_loss.chainer.kernels import PROVIDERS
 from ada_loss.core.config import METHODS, AdaLossConfig
-from errors import BAD_INPUT, SharedInputError, launched_rank
+from command_line import (
+    HelpFormatter,
+    OneSentenceParser,
+    count_or_zero,
+    device,
+    flag,
+    number,
+    number_or_none,
+    whole_number,
+)
+from errors import SharedInputError
 from ranks import COMMUNICATORS
 
 DTYPES = {"float32": np.dtype(np.float32), "mixed16": chainer.mixed16, "float16": np.dtype(np.float16)}
 
 
-class OneSentenceParser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, once, however many ranks read the same command line."""
-
-    def __init__(self, description: str | None) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        if launched_rank() == 0:
-            print(f"error: {message}; see --help.", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)
+def example_parser(description: str | None) -> OneSentenceParser:
+    """A command line of an example, without options yet."""
+    return OneSentenceParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_scaling_options(parser: argparse.ArgumentParser, dtype: str, **defaults: Any) -> None:
@@ -49,18 +50,32 @@ def add_scaling_options(parser: argparse.ArgumentParser, dtype: str, **defaults:
         default=config.loss_scale_method,
         help="how layers choose their scales; in fixed they have none",
     )
-    add("--init-scale", "--loss_scale", type=float, default=config.init_scale, help="a power of two")
-    add("--dynamic-interval", type=int, help="double the scale after so many good steps, halve on overflow")
+    add("--init-scale", "--loss_scale", type=number, default=config.init_scale, help="a power of two")
+    add(
+        "--dynamic-interval",
+        type=whole_number,
+        help="double the scale after so many good steps, halve on overflow",
+    )
     add(
         "--update-per-n-iteration",
         "--update_per_n_iteration",
-        type=int,
+        type=whole_number,
         default=config.update_per_n_iteration,
         help="layers choose their scales every so many iterations",
     )
-    add("--scale-upper-bound", type=float, default=config.scale_upper_bound, help="most that a layer does")
-    add("--accum-upper-bound", type=float, default=config.accum_upper_bound, help="most that all together do")
-    add("--n-uf", type=float, default=config.n_uf, help="share of a layer's gradients that may underflow")
+    add(
+        "--scale-upper-bound",
+        type=number_or_none,
+        default=config.scale_upper_bound,
+        help="most that a layer scales by, or none",
+    )
+    add(
+        "--accum-upper-bound",
+        type=number_or_none,
+        default=config.accum_upper_bound,
+        help="most that layers together scale by, or none",
+    )
+    add("--n-uf", type=number, default=config.n_uf, help="share of a layer's gradients that may underflow")
 
 
 def add_run_options(parser: argparse.ArgumentParser, out: str, seed: int | None) -> None:
@@ -71,7 +86,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, seed: int | None)
     add("--manual-seed", "--manual_seed", type=count_or_zero, default=seed, help="of weights and order")
     add("--communicator", choices=COMMUNICATORS, default="auto", help="ChainerMN's, behind mpiexec -n N")
     add("--kernels", choices=PROVIDERS, default="auto", help="who computes convolutions on a CPU")
-    add("--device", "--gpu", type=device, default="auto", help="auto, cpu, gpu, or a GPU's number")
+    add("--device", "--gpu", type=_device, default="auto", help="auto, cpu, gpu, or a GPU's number")
 
 
 def scaling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +99,7 @@ def scaling_of(options: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         message = str(error)
         for name in sorted(names, key=len, reverse=True):
-            message = message.replace(name, "--" + name.replace("_", "-"))
+            message = message.replace(name, flag(name))
         raise SharedInputError(message) from None
     return values
 
@@ -122,37 +137,6 @@ def scaling_name(options: argparse.Namespace) -> str:
     return "no loss scale" if options.init_scale == 1 else f"fixed {options.init_scale:g}"
 
 
-def device(text: str) -> str:
-    """A type for argparse: what `ranks.choose_device` takes; -1 is how the paper's code names the CPU."""
-    if text == "-1":
-        return "cpu"
-    if text not in ("auto", "cpu", "gpu") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, gpu or a GPU's number")
-    return text
-
-
-def count(text: str) -> int:
-    """A type for argparse: a whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def count_or_zero(text: str) -> int:
-    """A type for argparse: a whole number of at least 0."""
-    return _whole(text, 0)
-
-
-def positive(text: str) -> float:
-    """A type for argparse: a positive number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
+def _device(text: str) -> str:
+    """A type for argparse; -1 is how the paper's code names the CPU."""
+    return "cpu" if text == "-1" else device(text)

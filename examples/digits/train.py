@@ -21,7 +21,8 @@ from chainer.training import extensions
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
-from command_options import DTYPES, OneSentenceParser, count
+from command_line import count
+from command_options import DTYPES, example_parser
 from digit_images import load_sources
 from errors import ends_cleanly
 from threads import use_half_of_the_cores
@@ -49,7 +50,7 @@ class Net(chainer.Chain):
 
 @ends_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneSentenceParser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="mixed16", help="precision of the network")
     parser.add_argument("--epoch", type=count, default=10, help="how many epochs")
     parser.add_argument("--out", default="result", help="folder for the log")

@@ -22,14 +22,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 from batches import BatchIterator, Schedule
 from classification import TrainChain, accuracy
+from command_line import count, count_or_zero, positive, share
 from command_options import (
     DTYPES,
-    OneSentenceParser,
     add_run_options,
     add_scaling_options,
-    count,
-    count_or_zero,
-    positive,
+    example_parser,
     scaling_name,
     scaling_of,
     settings_of,
@@ -135,7 +133,7 @@ def rate_in_epoch(epoch: float, base: float, decay: float) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneSentenceParser(__doc__)
+    parser = example_parser(__doc__)
     add = parser.add_argument_group("model, data and training").add_argument
     add("--arch", "-a", choices=("resnet18", "resnet50"), default="resnet50", help="the network")
     add("--dataset", choices=("imagenet", "digits"), default="imagenet", help="digits make themselves")
@@ -151,8 +149,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--iter", type=count, help="how many iterations, in place of --epoch")
     add("--lr", type=positive, help="learning rate; without it 0.1 for 256 images of all ranks")
     add("--lr-decay", type=positive, default=0.1, help="what the learning rate is multiplied by")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=1e-4, help="of all but batch normalization's parameters")
+    add("--momentum", type=share, default=0.9, help="of SGD")
+    add("--weight-decay", type=share, default=1e-4, help="of all but batch normalization's parameters")
     add(
         "--snapshot-freq",
         type=count,

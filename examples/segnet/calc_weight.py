@@ -15,13 +15,13 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 from camvid_data import N_CLASS, find_data, open_split, read
-from command_options import OneSentenceParser
+from command_options import example_parser
 from errors import InputError, ends_cleanly
 
 
 @ends_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneSentenceParser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--dataset", choices=("camvid", "digits"), default="camvid", help="whose classes")
     parser.add_argument("--data-dir", type=Path, help="folder with train.txt")
     parser.add_argument("--out", type=Path, default=Path("class_weight.npy"), help="where the weights go")

@@ -19,13 +19,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 from batches import BatchIterator, Schedule
 from camvid_data import N_CLASS, CamVidSamples, find_data, open_split
+from command_line import count, count_or_zero, positive
 from command_options import (
     DTYPES,
-    OneSentenceParser,
     add_run_options,
     add_scaling_options,
-    count,
-    positive,
+    example_parser,
     scaling_name,
     scaling_of,
     settings_of,
@@ -99,7 +98,7 @@ def load_weights(path: Path) -> np.ndarray:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneSentenceParser(__doc__)
+    parser = example_parser(__doc__)
     add = parser.add_argument_group("data and training").add_argument
     add("--dataset", choices=("camvid", "digits"), default="camvid", help="digits make themselves")
     add("--data-dir", type=Path, help="folder with train.txt and val.txt; ChainerCV's, fetched if need be")
@@ -108,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--iter", type=count, default=16000, help="how many iterations")
     add("--val-iter", type=count, default=2000, help="validate every so many iterations")
     add("--lr", type=positive, default=0.1, help="learning rate")
-    add("--loaderjob", type=int, default=0, help="processes that read images, for each rank")
+    add("--loaderjob", type=count_or_zero, default=0, help="processes that read images, for each rank")
     bounds = {"scale_upper_bound": NO_BOUND, "accum_upper_bound": NO_BOUND}
     rule = {"loss_scale_method": "approx_range", "update_per_n_iteration": 100, "n_uf": 1e-5}
     add_scaling_options(parser, dtype="float32", **rule, **bounds)
