@@ -6,8 +6,10 @@ scaled tensor, of which the operators' rules know everything else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,9 +92,28 @@ class _Differentiation(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.backward:
             return _backward(self._mode, *args, **kwargs)
+        if func is torch.autograd.backward:
+            return _backward_of_several(self._mode, *args, **kwargs)
         if func is torch.autograd.grad:
             return _grad(self._mode, *args, **kwargs)
+        if func in _ASKED_OF_SEEDS and sys._getframe(1).f_code is torch.autograd._make_grads.__code__:
+            return self._of_seed(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _of_seed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """What `torch.autograd.backward` does with what it begins with, where this version of PyTorch does
+        not let it be overridden."""
+        if func is torch.ones_like:
+            return self._mode.seed(func(*args, **kwargs))
+        if args[0].dtype in self._mode.shifts.dtypes and not isinstance(args[0], ScaledTensor):
+            raise RuntimeError(
+                "torch.autograd.backward() was given a gradient in float16, which would not be scaled: give "
+                "it to the tensor's own backward()."
+            )
+        return func(*args, **kwargs)
+
+
+_ASKED_OF_SEEDS = frozenset([torch.ones_like, torch.Tensor.size])
 
 
 def _backward(
@@ -108,6 +129,19 @@ def _backward(
         torch.Tensor.backward(tensor, seed, retain_graph, create_graph, **kwargs)
 
 
+def _backward_of_several(
+    mode: BackwardMode,
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **kwargs: Any,
+) -> None:
+    with mode.recorded(create_graph):
+        tensors, seeds = _with_seeds(mode, tensors, grad_tensors)
+        torch.autograd.backward(tensors, seeds, retain_graph, create_graph, **kwargs)
+
+
 def _grad(
     mode: BackwardMode,
     outputs: Any,
@@ -117,14 +151,8 @@ def _grad(
     create_graph: bool = False,
     **kwargs: Any,
 ) -> Any:
-    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-    given = (
-        (grad_outputs,) if grad_outputs is None or isinstance(grad_outputs, torch.Tensor) else grad_outputs
-    )
-    if len(given) == 1:
-        given = tuple(given) * len(outputs)
     with mode.recorded(create_graph):
-        seeds = tuple(_seed_for(mode, output, g) for output, g in zip(outputs, given, strict=True))
+        outputs, seeds = _with_seeds(mode, outputs, grad_outputs)
         gradients = torch.autograd.grad(outputs, inputs, seeds, retain_graph, create_graph, **kwargs)
         return tuple(_true(gradient) for gradient in gradients)
 
@@ -136,7 +164,20 @@ def _true(gradient: torch.Tensor | None) -> torch.Tensor | None:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _seed_for(mode: BackwardMode, output: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+def _with_seeds(mode: BackwardMode, outputs: Any, gradients: Any) -> tuple[Any, Any]:
+    """Outputs, and the gradients with which their backward pass begins, as many."""
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    given = (gradients,) if gradients is None or isinstance(gradients, torch.Tensor) else tuple(gradients)
+    if given == (None,):
+        given *= len(outputs)
+    if len(given) != len(outputs):
+        return outputs, gradients  # autograd says what is wrong with that
+    return outputs, tuple(map(partial(_seed_for, mode), outputs, given))
+
+
+def _seed_for(mode: BackwardMode, output: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if not isinstance(output, torch.Tensor):
+        return gradient  # an edge of the graph
     if gradient is None:
         if output.dtype not in mode.shifts.dtypes or output.numel() != 1:
             return None

@@ -225,9 +225,9 @@ class GradScaler(torch.amp.GradScaler):
         optimizers know of them."""
         if not self._enabled:
             return {}
-        masters = [known.to_state(optimizer) for optimizer, known in self._masters]
-        masters += self._loaded_masters[len(masters) :]
-        return super().state_dict() | {_STATE: {"entry": self._entry.to_state(), "masters": masters}}
+        return super().state_dict() | {
+            _STATE: {"entry": self._entry.to_state(), "masters": self._states_of_masters()}
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called. Of a state of `torch.amp.GradScaler` there is nothing to
@@ -238,6 +238,16 @@ class GradScaler(torch.amp.GradScaler):
             self._loaded_masters = list(state_dict[_STATE]["masters"])
             for (_, masters), state in zip(self._masters, self._loaded_masters, strict=False):
                 masters.load_state(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without optimizers, which are pickled by whoever holds them."""
+        state = super().__getstate__()
+        return state | {"_loaded_masters": self._states_of_masters(), "_masters": []}
+
+    def _states_of_masters(self) -> list[dict[int, Any]]:
+        """In the order in which optimizers made their first steps, here or where they were loaded from."""
+        states = [masters.to_state(optimizer) for optimizer, masters in self._masters]
+        return states + self._loaded_masters[len(states) :]
 
 
 def _check_device(kind: str) -> None:

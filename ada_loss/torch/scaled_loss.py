@@ -29,7 +29,7 @@ class ScaledLoss(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         source = _source_of((args, kwargs))
-        if func is torch.Tensor.backward or func is torch.autograd.grad:
+        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
             with source.differentiating():
                 return func(*_plain(args), **_plain(kwargs))
         result = super().__torch_function__(func, types, args, kwargs)
@@ -49,8 +49,8 @@ class _Gate(torch.autograd.Function):
         mode = active_mode()
         if mode is None:
             raise RuntimeError(
-                "A loss from GradScaler.scale() was differentiated by torch.autograd.backward(): call the "
-                "loss's own backward(), or do so within `with ada_loss.torch.backward():`."
+                "A loss from GradScaler.scale() was differentiated without scaling: call the loss's own "
+                "backward(), or do it within `with ada_loss.torch.backward():`."
             )
         return mode.seed(gradient)
 

@@ -270,3 +270,58 @@ def test_a_whole_step_within_the_context(net):
             evaluated = loss_of(net, x, target)
         assert abs(evaluated.item() - loss_of(net, x, target, float16=False).item()) < 1e-2
     assert_close(gradients_of(net), plain, db=35)
+
+
+def test_backward_of_a_float16_tensor_by_the_function():
+    net, x = nn.Linear(8, 4).half(), torch.randn(16, 8).half()
+    wide = copy.deepcopy(net).float()
+    plain = float32_gradients(wide, lambda: (wide(x.float()).square().mean() * 2.0**-12).backward())
+    with ada_loss.torch.backward():
+        torch.autograd.backward(net(x).square().mean() * 2.0**-12)
+    assert_close(gradients_of(net), plain, db=40)
+
+
+def test_float16_gradients_by_the_function_are_scaled_or_refused():
+    """Not every version of PyTorch lets it be overridden."""
+    net, x = nn.Linear(8, 4).half(), torch.randn(16, 8).half()
+    wide = copy.deepcopy(net).float()
+    gradient = torch.randn(16, 4).half() * 2.0**-12
+    plain = float32_gradients(wide, lambda: wide(x.float()).backward(gradient.float()))
+    try:
+        with ada_loss.torch.backward():
+            torch.autograd.backward(net(x), gradient)
+    except RuntimeError as error:
+        assert "would not be scaled" in str(error)
+    else:
+        assert_close(gradients_of(net), plain, db=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_other_dtypes_keep_their_bits(net, dtype):
+    net, x, target = net
+    net.to(torch.float32 if dtype == torch.bfloat16 else dtype)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return cross_entropy(net(x), target)
+
+    plain = float32_gradients(net, lambda: loss().backward())
+    with ada_loss.torch.backward() as mode:
+        loss().backward()
+    assert_same_bits(gradients_of(net), plain)
+    assert not mode.entered
+
+
+def test_parts_in_bfloat16_and_float16():
+    first, second = nn.Linear(8, 16), nn.Linear(16, 4)
+    both, x = nn.ModuleList([first, second]), torch.randn(16, 8)
+
+    def loss(low):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            h = torch.tanh(first(x))
+        with torch.autocast("cpu", torch.float16, enabled=low):
+            return second(h).float().square().mean() * 2.0**SMALL
+
+    plain = float32_gradients(both, lambda: loss(False).backward())
+    GradScaler("cpu").scale(loss(True)).backward()
+    assert_close(gradients_of(both), plain, db=25)

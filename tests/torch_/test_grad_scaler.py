@@ -1,7 +1,9 @@
 """`GradScaler` in the place of PyTorch's."""
 
+import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -166,10 +168,23 @@ def test_a_step_needs_a_loss_that_the_scaler_knows(training):
         GradScaler("cpu").step(optimizer)
 
 
-def test_differentiating_a_scaled_loss_around_the_scaler_is_refused(training):
+def test_a_scaled_loss_is_not_differentiated_without_scaling(training):
     _, loss, _ = training
     with pytest.raises(RuntimeError, match="call the loss's own backward"):
-        torch.autograd.backward(GradScaler("cpu").scale(loss()))
+        GradScaler("cpu").scale(loss()).as_subclass(torch.Tensor).backward()
+
+
+def test_the_function_scales_or_refuses(training):
+    """Not every version of PyTorch lets it be overridden."""
+    net, loss, _ = training
+    plain = float32_gradients(net, lambda: loss().backward())
+    scaled = GradScaler("cpu").scale(loss())
+    try:
+        torch.autograd.backward(scaled)
+    except RuntimeError as error:
+        assert "call the loss's own backward" in str(error)
+    else:
+        assert_close(gradients_of(net), plain, db=40)
 
 
 def test_a_model_without_float16_is_said_once(training):
@@ -205,3 +220,36 @@ def test_methods_train(training, method):
     scaler = GradScaler("cpu", config=AdaLossConfig(loss_scale_method=method))
     scaler.scale(loss()).backward()
     assert_close(gradients_of(net), plain, db=25)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scaler: pickle.loads(pickle.dumps(scaler))])
+def test_copies_go_on_where_the_scaler_was(training, copied):
+    net, loss, _ = training
+    net.half()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scaler = GradScaler("cpu")
+    for each in (lambda: overflowing(loss()), loss):
+        optimizer.zero_grad()
+        scaler.scale(each()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    other = copied(scaler)
+    assert other.skipped == 1
+    torch.testing.assert_close(other.state_dict(), scaler.state_dict())
+
+
+def test_a_float16_loss():
+    net, x = nn.Linear(8, 4).half(), torch.randn(16, 8).half()
+    wide = copy.deepcopy(net).float()
+    plain = float32_gradients(wide, lambda: (wide(x.float()).square().mean() * 2.0**-12).backward())
+    GradScaler("cpu").scale(net(x).square().mean() * 2.0**-12).backward()
+    assert_close(gradients_of(net), plain, db=40)
+
+
+def test_a_gradient_for_a_loss_with_axes():
+    net, x = nn.Linear(8, 4).half(), torch.randn(16, 8).half()
+    wide = copy.deepcopy(net).float()
+    gradient = torch.randn(16, 4).half() * 2.0**-12
+    plain = float32_gradients(wide, lambda: wide(x.float()).backward(gradient.float()))
+    GradScaler("cpu").scale(net(x)).backward(gradient)
+    assert_close(gradients_of(net), plain, db=40)
