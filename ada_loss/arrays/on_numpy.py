@@ -113,10 +113,12 @@ def _squarable(bits: np.ndarray, dtype: np.dtype, amax: float) -> np.ndarray:
 def _sum_squares(vector: np.ndarray) -> float:
     """The sum of the squares, a part at a time: for longer vectors BLAS would wake threads that others use,
     and sums in float32 lose more."""
-    if vector.size <= DOT:
-        return float(vector.dot(vector))
-    total = 0.0
-    for start in range(0, vector.size, DOT):
-        part = vector[start : start + DOT]
-        total += float(part.dot(part))
-    return total
+    # What even float64 does not hold is infinite, and nothing to be told of.
+    with np.errstate(over="ignore"):
+        if vector.size <= DOT:
+            return float(vector.dot(vector))
+        total = 0.0
+        for start in range(0, vector.size, DOT):
+            part = vector[start : start + DOT]
+            total += float(part.dot(part))
+        return total

@@ -138,7 +138,7 @@ def record(
         method=method,
         model=type(optimizer.target).__name__,
         framework=f"Chainer {chainer.__version__}",
-        adaptive=config is not None and config.loss_scale_method != "fixed",
+        adaptive=config is not None and config.rule.measures,
         every=every,
         total=total,
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -177,7 +177,7 @@ def number(value: Any) -> float:
 def _method(optimizer: Any, config: Any) -> tuple[str, str]:
     """The method of a run, and what to call it."""
     scale = optimizer._loss_scale or 1
-    if config is not None and config.loss_scale_method != "fixed":
+    if config is not None and config.rule.measures:
         return config.loss_scale_method, config.loss_scale_method
     if config is not None:
         scale *= config.init_scale

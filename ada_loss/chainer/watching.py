@@ -220,7 +220,7 @@ def _scaled(functions: list[Any]) -> Iterator[None]:
 def _scales(function: Any) -> bool:
     """Whether a function's gradients have scales of their own, so that hardly any of them underflows."""
     tag = tag_of(function)
-    return tag is not None and tag.scope.policy.config.loss_scale_method != "fixed"
+    return tag is not None and tag.scope.policy.config.rule.measures
 
 
 def _communicates(function: Any) -> bool:

@@ -3,22 +3,20 @@ method."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ada_loss.core.config import AdaLossConfig
-
-MIN_EXPONENT = -24
-"""Below this scale nothing is left to back off to."""
-
-MAX_EXPONENT = 15
-"""Dynamic scaling stops growing here, at the largest power of two that float16 holds."""
+from ada_loss.core.formats import FLOAT16, FloatFormat
 
 PATIENCE = 8
 """How many steps in a row may overflow at the smallest scale before the run counts as diverged."""
 
 RECOVERY_INTERVAL = 1000
 """After how many good steps a scale that backed off without being dynamic takes one step back up."""
+
+
+_SETTINGS = ("interval", "number_format")
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,6 +29,8 @@ class EntryScale:
 
     initial, interval: settings. good_steps: good ones since the scale last changed. overflows: how many in a
     row, up to the last step, overflowed at the smallest scale. skipped: steps that overflowed so far.
+    number_format: the format that gradients are kept in. Its smallest power of two is the smallest scale, its
+    largest the one at which dynamic scaling stops growing.
     """
 
     initial: int = 0
@@ -39,11 +39,13 @@ class EntryScale:
     good_steps: int = 0
     overflows: int = 0
     skipped: int = 0
+    number_format: FloatFormat = FLOAT16
 
     @classmethod
-    def from_config(cls, config: AdaLossConfig) -> EntryScale:
+    def from_config(cls, config: AdaLossConfig, number_format: FloatFormat = FLOAT16) -> EntryScale:
         """The entry scale at the beginning of training."""
-        return cls(config.init_exponent, config.dynamic_interval, config.init_exponent)
+        exponent = config.init_exponent
+        return cls(exponent, config.dynamic_interval, exponent, number_format=number_format)
 
     @property
     def scale(self) -> float:
@@ -66,7 +68,7 @@ class EntryScale:
     def after(self, *, finite: bool) -> EntryScale:
         """The entry scale after a step whose gradients were all finite, or were not."""
         if not finite:
-            lowest = min(MIN_EXPONENT, self.initial)
+            lowest = min(self.number_format.min_exponent, self.initial)
             return replace(
                 self,
                 exponent=max(lowest, self.exponent - 1),
@@ -80,8 +82,8 @@ class EntryScale:
         return replace(steps, exponent=self.exponent + 1, good_steps=0)
 
     def to_state(self) -> dict[str, Any]:
-        """Every field but the interval, which is up to the script that resumes, for a snapshot."""
-        return {name: value for name, value in asdict(self).items() if name != "interval"}
+        """Every field but those that are up to the script that resumes, for a snapshot."""
+        return {name: value for name, value in vars(self).items() if name not in _SETTINGS}
 
     def restored(self, state: dict[str, Any]) -> EntryScale:
         """This scale, with these settings, where `to_state` was taken; back at its initial value if that was
@@ -100,7 +102,7 @@ class EntryScale:
 
     @property
     def _ceiling(self) -> int:
-        return self.initial if self.interval is None else max(MAX_EXPONENT, self.initial)
+        return self.initial if self.interval is None else max(self.number_format.max_exponent, self.initial)
 
     @property
     def _growth_interval(self) -> int:

@@ -32,6 +32,16 @@ class FloatFormat:
         return math.ldexp(2 - 2 * 2.0**-self.mantissa_bits, self.bias + 1)
 
     @property
+    def max_exponent(self) -> int:
+        """The exponent of the largest power of two."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def min_exponent(self) -> int:
+        """The exponent of the smallest power of two."""
+        return 1 - self.bias - self.mantissa_bits
+
+    @property
     def smallest_normal(self) -> float:
         """The smallest positive number that has the full precision."""
         return math.ldexp(1.0, 1 - self.bias)

@@ -52,7 +52,7 @@ class ShiftPolicy:
         self.config = config
         self.layers = layers or {}
         self.number_format = number_format
-        self.entry = EntryScale.from_config(config)
+        self.entry = EntryScale.from_config(config, number_format)
         self.iteration = 0
         self.single_passes = STEADY
         self.decisions: dict[Site, Decision] = {}

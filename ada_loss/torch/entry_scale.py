@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ada_loss.core.config import AdaLossConfig
-from ada_loss.core.entry_scale import MAX_EXPONENT, MIN_EXPONENT, RECOVERY_INTERVAL
+from ada_loss.core.entry_scale import RECOVERY_INTERVAL
+from ada_loss.core.formats import FLOAT16
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class EntryScaleOnDevice:
 
         overflowed: whether a gradient was not finite, 0-dim, of bool.
         """
-        lowest = min(MIN_EXPONENT, self.initial)
+        lowest = min(FLOAT16.min_exponent, self.initial)
         at_lowest = self.exponent <= lowest
         good_steps = torch.where(overflowed, 0, self.good_steps + 1)
         grows = ~overflowed & (self.exponent < self._ceiling) & (good_steps >= self._growth_interval)
@@ -78,7 +79,7 @@ class EntryScaleOnDevice:
 
     @property
     def _ceiling(self) -> int:
-        return self.initial if self.interval is None else max(MAX_EXPONENT, self.initial)
+        return self.initial if self.interval is None else max(FLOAT16.max_exponent, self.initial)
 
     @property
     def _growth_interval(self) -> int | torch.Tensor:

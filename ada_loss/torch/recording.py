@@ -147,7 +147,7 @@ def record(
 def _adaptive(scaler: Any) -> bool:
     """Whether gradients have scales of their own."""
     ours = isinstance(scaler, GradScaler) and scaler.is_enabled()
-    return ours and scaler._config.loss_scale_method != "fixed"
+    return ours and scaler._config.rule.measures
 
 
 def _method(scaler: Any) -> str:

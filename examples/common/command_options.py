@@ -11,6 +11,7 @@ import numpy as np
 
 from ada_loss.chainer.kernels import PROVIDERS
 from ada_loss.core.config import METHODS, AdaLossConfig
+from ada_loss.core.rules import RULES
 from command_line import (
     HelpFormatter,
     OneSentenceParser,
@@ -129,7 +130,7 @@ def scaling_name(options: argparse.Namespace) -> str:
     """The loss scaling of a run in a few words."""
     if options.dtype == "float32":
         return "float32"
-    if options.loss_scale_method != "fixed":
+    if RULES[options.loss_scale_method].measures:
         every = options.update_per_n_iteration
         return options.loss_scale_method + (f", chosen every {every} iterations" if every > 1 else "")
     if options.dynamic_interval is not None:

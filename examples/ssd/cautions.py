@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
+from ada_loss.core.rules import RULES
 from command_line import flag
 from ranks import launched_size
 
@@ -32,12 +33,14 @@ def cautions(settings: Settings, given: Set[str]) -> Iterator[str]:
     if settings.dtype == "float32":
         idle = (*ENTRY, *CHOICES, *BOUNDS, "loss_multiplier")
         yield from without_effect(idle, "with --dtype float32, which trains without loss scaling")
-    elif settings.loss_scale_method == "fixed":
+    elif not RULES[settings.loss_scale_method].measures:
         yield from without_effect(
-            (*CHOICES, *BOUNDS), "with --loss-scale-method fixed, in which layers choose no scales"
+            (*CHOICES, *BOUNDS),
+            f"with --loss-scale-method {settings.loss_scale_method}, in which layers choose no scales",
         )
-    elif settings.loss_scale_method == "auto":
-        yield from without_effect(BOUNDS, "with --loss-scale-method auto, which has no bounds to set")
+    elif not RULES[settings.loss_scale_method].bounded:
+        why = f"with --loss-scale-method {settings.loss_scale_method}, which has no bounds to set"
+        yield from without_effect(BOUNDS, why)
     if "step" in given:
         late = [str(step) for step in settings.step if step >= settings.iteration]
         if late:

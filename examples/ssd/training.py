@@ -18,6 +18,7 @@ from chainercv.links.model.ssd import SSD
 from ada_loss.chainer import AdaLossScaled, Diverged, kernels, prepare
 from ada_loss.chainer.extensions import Record
 from ada_loss.chainer.recording import scale_range
+from ada_loss.core.rules import RULES
 from arguments import Settings
 from batches import BatchIterator, Schedule
 from checking import look_through
@@ -189,7 +190,7 @@ def method_name(settings: Settings) -> str:
     """The loss scaling of a run in a few words."""
     if settings.dtype == "float32":
         return "float32"
-    if settings.loss_scale_method != "fixed":
+    if RULES[settings.loss_scale_method].measures:
         every = settings.update_per_n_iteration
         interval = f", chosen every {every} iterations" if every > 1 else ""
         return settings.loss_scale_method + interval + (", delayed" if settings.timing == "delayed" else "")

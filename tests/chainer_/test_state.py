@@ -200,7 +200,11 @@ DECISIONS = st.builds(
     EXPONENTS,
     RANGES,
 )
-ENTRY = {field.name: EXPONENTS for field in fields(EntryScale) if field.name not in ("initial", "interval")}
+ENTRY = {
+    field.name: EXPONENTS
+    for field in fields(EntryScale)
+    if field.name not in ("initial", "interval", "number_format")
+}
 
 SETTINGS = {"config", "layers", "number_format"}
 NOT_SAVED = SETTINGS | {"fan_outs", "_deferred", "_deferred_amaxes", "_weights", "_calls", "_met"}

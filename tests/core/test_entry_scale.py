@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ada_loss.core.config import AdaLossConfig
-from ada_loss.core.entry_scale import MAX_EXPONENT, MIN_EXPONENT, PATIENCE, RECOVERY_INTERVAL, EntryScale
+from ada_loss.core.entry_scale import PATIENCE, RECOVERY_INTERVAL, EntryScale
+from ada_loss.core.formats import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16
+
+MIN_EXPONENT, MAX_EXPONENT = -24, 15
 
 
 def run(entry, outcomes):
@@ -122,3 +125,13 @@ def test_a_resumed_scale_that_is_to_start_elsewhere_does_so_without_a_back_off()
 )
 def test_it_is_printed_as_its_scale_its_skipped_steps_and_its_state(settings, outcomes, expected):
     assert repr(run(EntryScale.from_config(AdaLossConfig(**settings)), outcomes)) == expected
+
+
+@pytest.mark.parametrize("number_format", [FLOAT16, BFLOAT16, FLOAT8_E5M2, FLOAT8_E4M3])
+def test_the_scale_stays_within_the_format(number_format):
+    config = AdaLossConfig(dynamic_interval=1)
+    grown = run(EntryScale.from_config(config, number_format), [True] * 300)
+    assert grown.scale <= number_format.max < 2 * grown.scale
+    lowered = run(EntryScale.from_config(config, number_format), [False] * 300)
+    assert lowered.scale == number_format.smallest_subnormal
+    assert lowered.diverged

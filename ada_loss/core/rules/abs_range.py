@@ -17,5 +17,5 @@ def extremes_of_terms(settings: Settings, measurement: Measurement, maths: Maths
     return Extremes(measurement.smallest_term, largest_sum(measurement))
 
 
-ABS_RANGE = Rule("abs_range", extremes_of_terms, choose_within_bounds, _needs)
+ABS_RANGE = Rule("abs_range", extremes_of_terms, choose_within_bounds, _needs, bounded=True)
 """min(u_min / (min|gy| * min|W|), u_max / (fan * max|gy| * max|W|)), over elements that are not zero."""

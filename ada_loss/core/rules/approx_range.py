@@ -47,5 +47,5 @@ def _log_normal_quantile(share: float, measurement: Measurement, maths: Maths) -
     return maths.exp(mean + normal_quantile(share) * maths.sqrt(maths.maximum(variance, 0.0)))
 
 
-APPROX_RANGE = Rule("approx_range", _extremes, choose_within_bounds, _needs)
+APPROX_RANGE = Rule("approx_range", _extremes, choose_within_bounds, _needs, bounded=True)
 """min(u_min / q, u_max / (fan * max|gy| * max|W|)), where a share `n_uf` of gx lies below q."""

@@ -12,5 +12,5 @@ def _needs(settings: Settings, is_cast: bool) -> Needs:
     return Needs(amin=True, products=True)
 
 
-ELEMENT_WISE_RANGE = Rule("element_wise_range", extremes_of_terms, choose_within_bounds, _needs)
+ELEMENT_WISE_RANGE = Rule("element_wise_range", extremes_of_terms, choose_within_bounds, _needs, bounded=True)
 """min(u_min / min|gy * W|, u_max / (fan * max|gy * W|)), over pairs that share a channel and are not zero."""

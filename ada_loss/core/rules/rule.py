@@ -63,6 +63,7 @@ class Rule:
         scales_sums: whether gradients that add up others, over a batch or over positions, get scales of their
             own, and do not overflow, as those of weights; in the paper they share that of what they are
             computed from.
+        bounded: whether it looks at `n_uf` and the two bounds, as those of the paper do.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Rule:
     needs: Callable[[Settings, bool], Needs] = field(default=_nothing_more, repr=False)
     measures: bool = True
     scales_sums: bool = False
+    bounded: bool = False
 
     def range(
         self, settings: Settings, number_format: FloatFormat, measurement: Measurement, exponent: int = 0
