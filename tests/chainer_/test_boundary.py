@@ -87,6 +87,7 @@ class TestOtherWaysToDifferentiate:
 
         exact(rng, combine)
 
+    @pytest.mark.filterwarnings("ignore:Gradients that are to be differentiated again")
     def test_the_gradient_of_an_input_inside_the_link(self, rng):
         def combine(m, x):
             h = m.a(x)

@@ -87,7 +87,7 @@ DECISIONS = {"SSD300": 35, "SSD512": 39, "thin SSD512": 39, "ResNet50": 54, "VGG
 
 
 def loss(model, x):
-    results = model(x, *TRUTH) if "anchor_target_creator" in vars(getattr(model, "link", model)) else model(x)
+    results = model(x, *TRUTH) if "anchor_target_creator" in vars(model) else model(x)
     return results if isinstance(results, chainer.Variable) and results.ndim == 0 else weighted_sum(results)
 
 

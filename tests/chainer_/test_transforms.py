@@ -211,7 +211,8 @@ class TestFilter:
 
     def test_it_does_not_outlast_the_wrapping(self, rng):
         link = Listed()
-        AdaLossScaled(link, filter=lambda path, link: False)
+        with pytest.warns(UserWarning, match="leaves out every layer"):
+            AdaLossScaled(link, filter=lambda path, link: False)
         scaled = AdaLossScaled(chainer.Sequential(link), "auto", init_scale=2.0**-7)
         weighted_sum(scaled(draw(rng))).backward()
         assert any(decision.shift for decision in scaled.ada_loss.decisions)
@@ -279,6 +280,7 @@ class TestFiltersOfParts:
         model = AdaLossScaled(Deep(), filter=lambda path, link: isinstance(link, L.Linear) and link.W.size)
         assert not model.ada_loss.report.left
 
+    @pytest.mark.filterwarnings("ignore:The filter leaves out every layer")
     @pytest.mark.parametrize("filter", ["/haed", ["/body", "!/hed/*"]])
     def test_that_match_nothing_say_so_and_what_is_meant(self, filter):
         with pytest.warns(UserWarning, match="filter matched nothing.*'/head"):

@@ -279,6 +279,7 @@ class TestChangedGradients:
 
     @pytest.mark.parametrize("kind", NOT_LINEAR)
     @pytest.mark.parametrize("inside", [True, False])
+    @pytest.mark.filterwarnings("ignore:overflow encountered")
     def test_that_are_not_are_refused_where_float16_loses_the_true_one(self, kind, inside, rng):
         change = NOT_LINEAR[kind]
         if inside:

@@ -174,6 +174,7 @@ def test_sparse_embeddings():
     assert signal_to_noise(sparse_gradient(table, torch.float32, autocast=True), plain) > 35
 
 
+@pytest.mark.filterwarnings("ignore:ada_loss has no rule for aten._sparse")
 def test_sparse_embeddings_in_float16_are_refused():
     with pytest.raises(RuntimeError, match="A sparse gradient in float16 cannot be scaled"):
         sparse_gradient(torch.randn(20, 8), torch.float16, autocast=True)
@@ -261,6 +262,7 @@ def test_threads_do_not_disturb_each_other(net):
         assert_same_bits(gradients_of(nets[i]), gradients_of(nets[4 + i % 2]))
 
 
+@pytest.mark.filterwarnings("ignore:ada_loss has no rule for")
 def test_a_whole_step_within_the_context(net):
     net, x, target = net
     plain = plain_gradients(net, x, target)
