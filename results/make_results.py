@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Trains with every loss scaling and several seeds, and writes README.md and a plot; see --help.
+"""Trains with every loss scaling and several seeds, and writes README.md and pictures; see --help.
 
-What has ended is kept and not repeated: stop it and start it again at will. Heavy files (weights,
-checkpoints) go to runs/, which git ignores; the logs and results that the tables are made from to a folder
-named by the scale.
+It says before it begins how long that will take, and asks. What has ended is kept and not repeated: stop it
+and start it again at will. Heavy files (weights, checkpoints) go to runs/, which git ignores; the logs and
+results that the tables are made from to a folder named by the scale. The page is written once all runs have
+ended.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ EXAMPLE = HERE.parent / "examples" / "ssd"
 sys.path[:0] = [str(HERE), str(EXAMPLE), str(EXAMPLE.parent / "common")]
 
 import ada_loss.chainer  # noqa: E402, F401  isort: skip  (before Chainer)
+from duration import in_words, seconds_of  # noqa: E402
 from experiments import SCALES, Row, Scale, Table  # noqa: E402
-from plot import plot  # noqa: E402
+from plot import Log, plot, plot_curves  # noqa: E402
 from report import readme_text  # noqa: E402
 
 from arguments import FREE_ON_RESUME, parse_settings  # noqa: E402
@@ -35,7 +37,9 @@ from command_line import OneSentenceParser, count  # noqa: E402
 from errors import DIVERGED, InputError, ends_cleanly  # noqa: E402
 from files import write_whole  # noqa: E402
 
-RESULT_FILE, LOG_FILE = "result.json", "log.json"
+RESULT_FILE, LOG_FILE, PAGE = "result.json", "log.json", "README.md"
+# Whose page is that of the folder; others have one in the folder of their records.
+DEFAULT_SCALE = "converged"
 TRAINING_LENGTH = ("iteration", "step", "lr", "warm_up")
 NOT_COMPARED = set(FREE_ON_RESUME) - set(TRAINING_LENGTH) | {"kernels"}
 
@@ -79,12 +83,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = SCALES[args.scale]
     records = args.folder / args.scale
     runs = list_runs(scale, args.seeds, args.options, records)
-    if not args.tables_only:
-        waiting = [run for run in runs if run.result() is None]
-        print(f"{len(runs) - len(waiting)} of {len(runs)} runs have ended before.", flush=True)
+    waiting = [run for run in runs if run.result() is None]
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs have ended before.", flush=True)
+    if waiting and not args.tables_only:
+        if not args.yes:
+            ask(waiting, args.jobs, args.ranks)
         train_all(waiting, args.folder / "runs" / args.scale, args.jobs, args.ranks)
     write_report(scale, args.scale, runs, args.folder)
     return 0
+
+
+def ask(waiting: Sequence[Run], jobs: int, ranks: int | None) -> None:
+    """Say how long the runs will take. Raises InputError unless the user wants to go on."""
+    print("A trial of some iterations tells how long it will take.", flush=True)
+    settings = [parse_settings(run.arguments) for run in waiting]
+    # The slowest way to train is one of those that scale.
+    first = next((run for run in waiting if not run.row.is_baseline), waiting[0])
+    seconds = seconds_of(settings, jobs, lambda more: start(first, more, jobs, ranks))
+    print(
+        f"{len(waiting)} runs, {jobs} at a time, will take about {in_words(seconds)} on this machine.",
+        flush=True,
+    )
+    if not sys.stdin.isatty():
+        raise InputError("Nobody is there to ask whether to begin: say so with --yes.")
+    if input("Begin? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise InputError("Nothing was trained: begin with an answer of y, or with --yes.")
 
 
 def list_runs(scale: Scale, n_seeds: int, options: Sequence[str], records: Path) -> list[Run]:
@@ -119,11 +142,18 @@ def train_all(runs: Sequence[Run], scratch: Path, jobs: int, ranks: int | None) 
 
 def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
     """Train one run, from its newest checkpoint if it was stopped; returns its summary."""
+    where = ("--out", str(scratch), "--resume", "auto", "--checkpoint-interval", "250")
+    printed = start(run, where, jobs, ranks)
+    keep_record(scratch, run.records)
+    return f"{run.name}: {printed.strip().splitlines()[-1]}"
+
+
+def start(run: Run, more: Sequence[str], jobs: int, ranks: int | None) -> str:
+    """What train_multi.py prints that trains a run with some more options. InputError if it can't."""
     launcher = [] if ranks is None else [find_mpiexec(), "-n", str(ranks)]
-    where = ["--out", str(scratch), "--resume", "auto", "--checkpoint-interval", "250"]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     finished = subprocess.run(
-        [*launcher, sys.executable, str(EXAMPLE / "train_multi.py"), *run.arguments, *where],
+        [*launcher, sys.executable, str(EXAMPLE / "train_multi.py"), *run.arguments, *more],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
@@ -131,8 +161,7 @@ def train(run: Run, scratch: Path, jobs: int, ranks: int | None) -> str:
     if finished.returncode not in (0, DIVERGED):
         last = (finished.stderr.strip() or finished.stdout.strip()).splitlines()[-1:]
         raise InputError(f"{run.name} could not be trained: {' '.join(last).removeprefix('error: ')}")
-    keep_record(scratch, run.records)
-    return f"{run.name}: {finished.stdout.strip().splitlines()[-1]}"
+    return finished.stdout
 
 
 def find_mpiexec() -> str:
@@ -158,18 +187,29 @@ def keep_record(scratch: Path, records: Path) -> None:
 
 
 def write_report(scale: Scale, name: str, runs: Sequence[Run], folder: Path) -> None:
-    """README.md and plot from all records that there are."""
+    """Page and pictures, once all runs have ended; until then of those that have, where git ignores them."""
     results: dict[Table, dict[Row, list[Mapping[str, Any]]]] = {table: {} for table in scale.tables}
+    logs: dict[Table, dict[Row, list[Log]]] = {table: {} for table in scale.tables}
     for run in runs:
         result = run.result()
         if result is not None:
             results[run.table].setdefault(run.row, []).append(result)
+            log = json.loads((run.records / LOG_FILE).read_text(encoding="utf-8"))
+            logs[run.table].setdefault(run.row, []).append(log)
     results = {table: rows for table, rows in results.items() if rows}
     if not results:
         raise InputError(f"No run of the scale {name} has ended yet: leave --tables-only out.")
-    plot(folder / f"{name}.png", results)
-    write_whole(folder / "README.md", readme_text(name, results))
-    print(f"Wrote {folder / 'README.md'} and {folder / f'{name}.png'}.")
+    n_ended = sum(len(sequence) for rows in results.values() for sequence in rows.values())
+    whole = n_ended == len(runs)
+    target = folder if name == DEFAULT_SCALE else folder / name
+    place = target if whole else folder / "runs" / name
+    place.mkdir(parents=True, exist_ok=True)
+    plot(place / f"{name}.png", results)
+    plot_curves(place / f"{name}-curves.png", {table: logs[table] for table in results})
+    write_whole(place / PAGE, readme_text(name, results))
+    if not whole:
+        print(f"{n_ended} of {len(runs)} runs have ended: {target / PAGE} stays as it is until all have.")
+    print(f"Wrote {place / PAGE}, {place / f'{name}.png'} and {place / f'{name}-curves.png'}.")
 
 
 def _rounded(value: float) -> float:
@@ -183,12 +223,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Options of train_multi.py for all runs may follow behind --, as in: -- --iteration 2000",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, default="digits", help="digits on CPU, voc on VOC and GPUs"
+        "--scale",
+        choices=SCALES,
+        default=DEFAULT_SCALE,
+        help="converged on digits and CPU, voc on VOC and GPUs",
     )
     parser.add_argument("--seeds", type=count, default=3, help="runs of each row")
     parser.add_argument("--jobs", type=count, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--ranks", type=count, help="MPI ranks of each run; without it there is no MPI")
     parser.add_argument("--tables-only", action="store_true", help="only write the tables of what has ended")
+    parser.add_argument("--yes", action="store_true", help="begin without asking")
     parser.add_argument("--folder", type=Path, default=HERE, help="where everything goes")
     parser.add_argument("options", nargs="*", help="options of train_multi.py for all runs")
     return parser

@@ -1,4 +1,4 @@
-"""The picture of results/README.md: mAP of every run, a panel per table."""
+"""The pictures of results/README.md: mAP of every run, and learning curves; a panel per table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from experiments import Row, Table  # noqa: E402
 
 POINT, MEAN = "#4363d8", "#e6194b"
+
+# Rows of a run's log.
+Log = Sequence[Mapping[str, float]]
 
 
 def plot(path: Path, tables: Mapping[Table, Mapping[Row, Sequence[Mapping[str, Any]]]]) -> None:
@@ -47,3 +50,33 @@ def plot(path: Path, tables: Mapping[Table, Mapping[Row, Sequence[Mapping[str, A
     axes[-1, 0].set_xlabel("mAP on test images, PASCAL VOC 2007 metric (points: seeds, bars: means)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_curves(path: Path, tables: Mapping[Table, Mapping[Row, Sequence[Log]]]) -> None:
+    """Draw how mAP grows by method: means over the seeds that have come so far."""
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(4.5 * len(tables), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (table, logs) in zip(axes[0], tables.items(), strict=True):
+        for row in table.rows:
+            curve = mean_curve(logs.get(row, ()))
+            style = {"color": "black", "linewidth": 2.5} if row.is_baseline else {"linewidth": 1.2}
+            axis.plot(list(curve), list(curve.values()), label=row.label, **style)
+        axis.set_title(table.title, fontsize=10, loc="left")
+        axis.set_xlabel("iteration")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("mAP on test images, mean over seeds")
+    axes[0, 0].set_ylim(0, 1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def mean_curve(logs: Sequence[Log]) -> dict[int, float]:
+    """mAP by iteration, the mean over the logs that have one there."""
+    found: dict[int, list[float]] = {}
+    for log in logs:
+        for row in log:
+            if "map" in row:
+                found.setdefault(int(row["iteration"]), []).append(row["map"])
+    return {iteration: sum(values) / len(values) for iteration, values in sorted(found.items())}

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import Row, Table
+from scipy.stats import ttest_1samp
 
 Result = Mapping[str, Any]
+# Of the tests whether a method differs from the baseline.
+LEVEL = 0.05
+# Of differences of an mAP.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -62,35 +67,94 @@ def precision_text(summary: Summary) -> str:
     return f"{text} ({summary.n_diverged} of {summary.n_runs} diverged)" if summary.n_diverged else text
 
 
-def table_text(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
-    """A Markdown table; rows without a finished run are left out."""
+@dataclass(frozen=True)
+class Difference:
+    """How a row's mAP differs from the baseline's, seed by seed.
+
+    Attributes:
+        mean: over the seeds.
+        p: how probable a mean at least as far from 0 is where there is no difference (paired t-test); None
+            where no test is possible.
+    """
+
+    mean: float
+    p: float | None
+
+
+def difference(results: Sequence[Result], baseline: Sequence[Result]) -> Difference | None:
+    """None without seeds that finished in both. A run that diverged counts as an mAP of 0."""
+    ours, theirs = ({result["seed"]: _precision(result) for result in runs} for runs in (results, baseline))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    gaps = [ours[seed] - theirs[seed] for seed in seeds]
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2 or max(gaps) - min(gaps) < ROUNDING:
+        # The same for every seed: no difference, or one without any spread to measure it by.
+        return Difference(mean, 1.0 if abs(mean) < ROUNDING and len(gaps) > 1 else None)
+    return Difference(mean, float(ttest_1samp(gaps, 0).pvalue))
+
+
+def significant(differences: Mapping[Row, Difference]) -> set[Row]:
+    """The rows that differ from the baseline, one error in twenty tables allowed (Holm's correction)."""
+    tested = sorted(
+        (row for row, d in differences.items() if d.p is not None), key=lambda row: differences[row].p
+    )
+    kept = set()
+    for place, row in enumerate(tested):
+        if differences[row].p * (len(tested) - place) > LEVEL:
+            break
+        kept.add(row)
+    return kept
+
+
+def differences_of(
+    table: Table, results: Mapping[Row, Sequence[Result]], baseline: Sequence[Result]
+) -> dict[Row, Difference]:
+    """Of every row but the baseline itself."""
+    found = {
+        row: difference(results[row], baseline)
+        for row in table.rows
+        if results.get(row) and not row.is_baseline
+    }
+    return {row: gap for row, gap in found.items() if gap is not None}
+
+
+def _precision(result: Result) -> float:
+    return (result["map"] or 0.0) if result["outcome"] == "finished" else 0.0
+
+
+def table_text(table: Table, results: Mapping[Row, Sequence[Result]], baseline: Sequence[Result] = ()) -> str:
+    """A Markdown table; rows without a run that has ended are left out."""
     with_published = any(row.published for row in table.rows)
-    head = ["loss scaling", "mAP here", "seeds", "skipped steps", "seconds"]
+    gaps = differences_of(table, results, baseline)
+    head = ["loss scaling", "mAP here", "to FP32, by seed", "seeds", "skipped steps", "seconds"]
     lines = [head + ["published, SSD512 on VOC"] * with_published]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for row in table.rows:
         if results.get(row):
             summary = summarize(results[row])
-            cells = [row.label, precision_text(summary), str(summary.n_runs)]
+            cells = [row.label, precision_text(summary), difference_text(gaps.get(row)), str(summary.n_runs)]
             cells += [f"{summary.skipped:.1f}", f"{summary.seconds:.0f}"]
             lines.append(cells + [row.published or ""] * with_published)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def finding(table: Table, results: Mapping[Row, Sequence[Result]]) -> str:
-    """What the figures of a table say, in one sentence; nothing without several rows and seeds."""
-    summaries = {row: summarize(results[row]) for row in table.rows if results.get(row)}
-    means = {row.label: summary.mean for row, summary in summaries.items() if summary.mean is not None}
-    if len(means) < 2 or min(summary.n_runs for summary in summaries.values()) < 2:
+def difference_text(gap: Difference | None) -> str:
+    if gap is None:
         return ""
-    worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    noise = max(summary.spread for summary in summaries.values())
-    gap = means[best] - means[worst]
-    verdict = "far more" if gap > 4 * noise else "more" if gap > 2 * noise else "no more"
-    return (
-        f"From {worst} ({means[worst]:.3f}) to {best} ({means[best]:.3f}) it is {gap:.3f}: {verdict} than "
-        f"seeds alone would make, with standard deviations of up to {noise:.3f}."
-    )
+    return f"{gap.mean:+.4f}" + ("" if gap.p is None else f" (p = {gap.p:.2f})")
+
+
+def finding(table: Table, results: Mapping[Row, Sequence[Result]], baseline: Sequence[Result]) -> str:
+    """What the differences of a table say, in a sentence; nothing without a baseline of several seeds."""
+    gaps = differences_of(table, results, baseline)
+    if not gaps or len(baseline) < 2:
+        return ""
+    different = [row.label for row in table.rows if row in significant(gaps)]
+    verdict = f"{', '.join(different)} differ from FP32" if different else "no method differs from FP32"
+    test = f"paired t-test over {len(baseline)} seeds, Holm's correction, {LEVEL:.0%}"
+    return f"Of {len(gaps)} methods, {verdict} ({test})."
 
 
 def readme_text(scale: str, results: Mapping[Table, Mapping[Row, Sequence[Result]]]) -> str:
@@ -99,10 +163,24 @@ def readme_text(scale: str, results: Mapping[Table, Mapping[Row, Sequence[Result
     sections = [INTRODUCTION.format(scale=scale, n_runs=len(runs), kernels=_used(runs, "kernels"))]
     for table, rows in results.items():
         iterations = max(result["iterations"] for sequence in rows.values() for result in sequence)
-        sections += [f"## {table.title}, {iterations} iterations", table_text(table, rows)]
-        sections += [finding(table, rows)]
-    sections += [f"![mAP of every run]({scale}.png)"]
+        baseline = _baseline(table, results)
+        sections += [f"## {table.title}, {iterations} iterations", table_text(table, rows, baseline)]
+        sections += [finding(table, rows, baseline)]
+    sections += [f"![mAP of every run]({scale}.png)", f"![Learning curves]({scale}-curves.png)"]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _baseline(table: Table, results: Mapping[Table, Mapping[Row, Sequence[Result]]]) -> Sequence[Result]:
+    """The runs in float32 that a table's rows are compared with; none if there are none."""
+    wanted = table.baseline or table.name
+    runs = [
+        runs
+        for other, rows in results.items()
+        if other.name == wanted
+        for row, runs in rows.items()
+        if row.is_baseline
+    ]
+    return runs[0] if runs else ()
 
 
 def _used(runs: Sequence[Result], name: str) -> str:
@@ -113,14 +191,16 @@ INTRODUCTION = """# Results
 
 Written by `make results` (`python results/make_results.py --help`), from {n_runs} runs at the scale
 `{scale}`; the logs that the figures come from lie in [`{scale}/`]({scale}). mAP is that of PASCAL VOC 2007
-on test images, after the last iteration; mean ± standard deviation over seeds. Kernels: {kernels}. Seconds
-are of runs that may have shared the machine with others; they are no benchmark.
+on test images, after the last iteration; mean ± standard deviation over seeds. Differences to FP32 are
+means over the seeds, each with the run of the same seed; a run that diverged counts as an mAP of 0.
+Kernels: {kernels}. Seconds are of runs that may have shared the machine with others; they are no benchmark.
 
 The published figures are of SSD512 on PASCAL VOC, trained for 120,000 iterations on GPUs. What is trained
-here at the scale `digits` is a small SSD on 1000 images of handwritten digits: far fewer and shallower
-layers, whose gradients are large enough for float16 as they are. Compare row with row, not column with
-column.
+here on digits is a small SSD, on 1000 images that were made for it: scikit-learn's scans of handwritten
+digits, 8x8 pixels each, enlarged, tinted and pasted on crops of two photographs; test images show other
+digits. The network has far fewer and shallower layers than SSD512, and its gradients are large enough for
+float16 as they are. Compare row with row, not column with column.
 
-In the tables of a multiplied loss the gradients of all layers are smaller by that factor on their way
+In the table of a multiplied loss the gradients of all layers are smaller by that factor on their way
 through the network, and are multiplied back in float32 for the update. In float32 that changes nothing; in
 float16 it shows what underflow costs. It is an experiment, no way to train."""

@@ -41,6 +41,7 @@ FREE_ON_RESUME = (
     "out",
     "resume",
     "log_interval",
+    "evaluation_interval",
     "checkpoint_interval",
     "record_interval",
     "tensorboard",
@@ -94,6 +95,7 @@ class Settings:
     out: Path
     resume: str | None
     log_interval: int
+    evaluation_interval: int | None
     checkpoint_interval: int
     record_interval: int
     tensorboard: bool

@@ -174,6 +174,11 @@ def training_parser() -> OneSentenceParser:
         help=f"processes that prepare images; 0 for none {_by_model('loaders')}",
     )
     add("--log-interval", type=count, default=20, help="iterations between rows of the log")
+    add(
+        "--evaluation-interval",
+        type=count,
+        help="iterations between evaluations, besides those at the steps of the learning rate and at the end",
+    )
     add("--checkpoint-interval", type=count, default=1000, help="iterations between checkpoints")
     add(
         "--record-interval",

@@ -226,7 +226,7 @@ def _open_inputs(settings: Settings) -> tuple[JoinedDatasets, JoinedDatasets, SS
 def _extend(trainer: Trainer, settings: Settings, ranks: Alone, model: SSD, test_set: JoinedDatasets) -> None:
     last = settings.iteration
     optimizer = trainer.updater.get_optimizer("main")
-    evaluated = at([*settings.step, last])
+    evaluated = either(at(settings.step), every(settings.evaluation_interval or last, last))
     # An evaluation has a row of its own, or the row would hold a mean over two of them.
     logged = either(every(settings.log_interval, last), evaluated)
     detector = Detector(

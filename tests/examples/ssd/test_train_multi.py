@@ -86,6 +86,13 @@ def test_the_logs_agree_and_report_map_at_steps_and_at_the_end(digits, tmp_path)
     assert [row["map"] for row in table] == [str(row.get("map", "")) for row in rows]
 
 
+def test_evaluations_come_as_often_as_asked_for(digits, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--iteration", 5, "--step", 3, "--evaluation-interval", 2, "--dtype", "float32")
+    assert train(digits, out, *arguments) == 0
+    assert ["map" in row for row in read(out / "log.json")] == [False, True, True, True, True]
+
+
 def test_an_evaluation_between_rows_gets_a_row_of_its_own(digits, tmp_path, capsys):
     out = tmp_path / "run"
     more = (
