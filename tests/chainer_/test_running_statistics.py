@@ -11,10 +11,12 @@ import pytest
 from chainer import link_hooks, optimizers
 from chainer.training import StandardUpdater
 from chainer.training.updaters import ParallelUpdater
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ada_loss.chainer import AdaLossScaled, prepare
 from helpers import assert_same_bits, dtype
-from toy import prepared
+from toy import prepared, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -383,6 +385,40 @@ def test_good_steps_write_what_chainers_do(rng):
         step(optimizer, target.model, x)
         step(reference, plain, x)
         assert_same_bits(kept(target.model.norm), kept(plain.norm))
+
+
+EVENTS = st.tuples(
+    st.sampled_from(["good", "bad", "bad at the end", "forward", "evaluation"]), st.sampled_from(STEPS)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    events=st.lists(EVENTS, max_size=8), name=st.sampled_from(["BatchNormalization", "BatchRenormalization"])
+)
+def test_a_training_with_bad_steps_is_the_training_without_them_bit_for_bit(events, name):
+    np.random.seed(0)
+    plain = Net(LINKS[name])
+    model = AdaLossScaled(copy.deepcopy(plain))
+    reference = optimizers.MomentumSGD(0.1).setup(plain)
+    optimizer = prepared(model, optimizers.MomentumSGD(0.1))
+    for number, (event, step) in enumerate(events):
+        x, y = (data(np.random.default_rng([number, part])) for part in (0, 1))
+        if event == "good":
+            step(optimizer, model, x, y)
+            step(reference, plain, x, y)
+        elif event == "bad":
+            step(optimizer, model, np.full_like(x, np.nan), y)
+        elif event == "bad at the end":
+            step(optimizer, model, x, np.full_like(y, np.inf))
+        elif event == "forward":
+            assert_same_bits({"y": model(x).array}, {"y": plain(x).array})
+        else:
+            with chainer.no_backprop_mode(), chainer.using_config("train", False):
+                assert_same_bits({"y": model(x).array}, {"y": plain(x).array})
+        assert_same_bits(kept(model), kept(plain))
+        assert_same_bits(values(model), values(plain))
+    assert optimizer.t == reference.t
 
 
 def test_nothing_is_remembered_once_a_step_is_over(rng):
