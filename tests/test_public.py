@@ -34,6 +34,7 @@ PUBLIC = {
         "ScaledTensor",
         "backward",
         "float32_kernels",
+        "linear_backward",
         "record",
     ],
 }

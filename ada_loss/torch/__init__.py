@@ -9,5 +9,14 @@ from ada_loss.torch.float32_kernels import float32_kernels
 from ada_loss.torch.grad_scaler import GradScaler
 from ada_loss.torch.recording import record
 from ada_loss.torch.scaled_tensor import ScaledTensor
+from ada_loss.torch.user_functions import linear_backward
 
-__all__ = ["AdaLossConfig", "GradScaler", "ScaledTensor", "backward", "float32_kernels", "record"]
+__all__ = [
+    "AdaLossConfig",
+    "GradScaler",
+    "ScaledTensor",
+    "backward",
+    "float32_kernels",
+    "linear_backward",
+    "record",
+]

@@ -111,6 +111,11 @@ class ScaledTensor(torch.Tensor):
     ) -> Any:
         if func in _NEEDS_MEMORY:
             return func(args[0].to_true(), *args[1:], **(kwargs or {}))
+        if func is torch.Tensor.data_ptr:
+            raise RuntimeError(
+                "The memory of a scaled gradient cannot be read by its address: declare the autograd "
+                "function that does so with ada_loss.torch.linear_backward, or let it read gradient.float()."
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ada_loss.torch
-from ada_loss.torch import ScaledTensor
+from ada_loss.torch import ScaledTensor, linear_backward
 from torch_.asserts import assert_close, assert_plain_float32, gradients_of, signal_to_noise
 from torch_.nets import loss_of, make
 
@@ -226,8 +226,46 @@ def test_copies_hold_the_true_value(copied):
 
 
 def test_reading_its_memory_by_address_is_refused():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="declare the autograd function .*linear_backward"):
         scaled([1.0]).data_ptr()
+
+
+@linear_backward
+class ByAddress(torch.autograd.Function):
+    """Reads memory, as a kernel of one's own does; of two gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight, x + 1
+
+    @staticmethod
+    def backward(ctx, product, total):
+        x, weight = ctx.saved_tensors
+        assert product.data_ptr() and total.data_ptr() and type(product) is torch.Tensor
+        return product * weight + total, (product * x).float().sum(0)
+
+
+def test_a_function_that_reads_memory_is_declared_linear():
+    weight = torch.rand(16)
+    assert_as_in_float32(Net(lambda h: sum_of(ByAddress.apply(h, weight))))
+
+
+def sum_of(both):
+    """The two arrive with gradients of very different sizes."""
+    return both[0] + both[1] * 2.0**-6
+
+
+def test_gradients_of_a_function_that_is_declared_linear():
+    grads = []
+    for scaled in (True, False):
+        x = torch.arange(32.0).reshape(2, 16).div(8).to(torch.float16 if scaled else torch.float32)
+        weight = torch.ones(16, requires_grad=True)
+        loss = sum_of(ByAddress.apply(x.requires_grad_(), weight)).float().square().mean() * 2.0**SMALL
+        with ada_loss.torch.backward():
+            loss.backward()
+        grads.append({"x": x.grad, "weight": weight.grad})
+    assert_close(*grads, db=40)
 
 
 def test_an_operator_without_a_rule_is_said_once():
