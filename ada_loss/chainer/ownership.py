@@ -122,10 +122,13 @@ def in_scopes(outputs: Outputs) -> Iterator[Any]:
     """
     claimed = not _models
     for function in upstream(outputs):
+        if tag_of(function) is not None:
+            yield function
+            continue
         if not claimed and any(_known_home(parameter) is None for parameter in _parameters(function)):
             claimed = True
             claim()
-        if tag_of(function) is not None or _home(function) is not None:
+        if _home(function) is not None:
             yield function
 
 
@@ -136,7 +139,8 @@ def tag_graph(outputs: Outputs) -> None:
     they are given float16, those that use results of one.
     """
     functions = sorted(upstream(outputs), key=lambda function: function.rank)
-    if _models and any(_known_home(p) is None for function in functions for p in _parameters(function)):
+    untagged = [function for function in functions if tag_of(function) is None]
+    if _models and any(_known_home(p) is None for function in untagged for p in _parameters(function)):
         claim()
     places: dict[Any, _Place] = {}
     scopes: dict[int, Any] = {}
