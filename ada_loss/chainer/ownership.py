@@ -74,16 +74,25 @@ def claim() -> None:
     models = [model for reference in list(_models.values()) if (model := reference()) is not None]
     links = [named_links(model) for model in models]
     inner = {id(link) for found in links for path, link in found.items() if path != "/"}
-    homes: dict[int, Home] = {}
+    claimed: set[int] = set()
     for model, found in zip(models, links, strict=True):
-        if id(model) not in inner:
-            for path, link in found.items():
-                for name in sorted(link._params):
-                    parameter = vars(link)[name]
-                    if id(parameter) not in homes:
-                        homes[id(parameter)] = Home(weakref.ref(model), weakref.ref(link), path)
-                        adopt(parameter).home = homes[id(parameter)]
-            model.ada_loss.report = transform(found, model.ada_loss.policy.parts)
+        if id(model) in inner:
+            continue
+        for parameter, link, path in _parameters_of(model, found):
+            if id(parameter) not in claimed:
+                claimed.add(id(parameter))
+                adopt(parameter).home = Home(weakref.ref(model), weakref.ref(link), path)
+        model.ada_loss.report = transform(found, model.ada_loss.policy.parts)
+
+
+def _parameters_of(model: Any, links: dict[str, chainer.Link]) -> Iterator[tuple[Any, chainer.Link, str]]:
+    """The parameters of a model, with the link that each is in and its path."""
+    for path, link in links.items():
+        for name in sorted(link._params):
+            yield vars(link)[name], link, path
+    # A model may count parameters among its own that are in none of its links.
+    for path, parameter in model.namedparams():
+        yield parameter, model, path.rpartition("/")[0] or "/"
 
 
 def owner_of(parameter: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from ada_loss.chainer.tagging import active_recorder, named_links
 
 NAME = "ada_loss"
 """The one name that a scaled model has besides its own: of its attribute, and of its state in saved files."""
+
+OWN_METHOD = "true_gradients"
+"""The one method that a scaled model has besides its own, unless it has one of that name."""
 
 _FORMER_NAMES = {
     "branches": "fan_outs",
@@ -188,7 +192,11 @@ class AdaLossScaled(Watched, chainer.Link):
 
 def _scaled_class(front: type, plain: type) -> type:
     """The class of a scaled model whose own is `plain`."""
-    return made_class(front, plain)
+    made: Any = made_class(front, plain)
+    own = inspect.getattr_static(plain, OWN_METHOD, None)
+    if own is not None:
+        setattr(made, OWN_METHOD, own)
+    return made
 
 
 def _rescaled(scaling: Scaling, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -207,6 +215,9 @@ def _check(link: Any) -> None:
     require_link(link)
     if isinstance(link, AdaLossScaled):
         raise ValueError("This link is scaled already: call AdaLossScaled once.")
+    if ownership.holder_of(link) is not None:
+        # A model that refers to itself, and that nobody uses any more, may still be there.
+        gc.collect()
     holder = ownership.holder_of(link)
     if holder is not None:
         model, path = holder

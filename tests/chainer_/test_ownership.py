@@ -254,6 +254,27 @@ class TestPartsOfAModel:
         assert path in {decision.site.path for decision in model.ada_loss.decisions}
         assert f"{path}/W" in model.true_gradients()
 
+    def test_that_only_namedparams_tells_of_are_parts_as_well(self, rng):
+        class Hiding(chainer.Chain):
+            def __init__(self):
+                super().__init__(seen=L.Linear(4, 4))
+                self.hidden = L.Linear(4, 4)
+
+            def params(self, include_uninit=True):
+                return (parameter for _, parameter in self.namedparams(include_uninit))
+
+            def namedparams(self, include_uninit=True):
+                yield from super().namedparams(include_uninit)
+                for path, parameter in self.hidden.namedparams(include_uninit):
+                    yield f"/hidden{path}", parameter
+
+        with dtype("mixed16"):
+            model = ada.AdaLossScaled(Hiding())
+        model.cleargrads()
+        (weighted_sum(model.hidden(draw(rng).astype(np.float16))) * TINY).backward()
+        assert model.hidden.W.grad.any()
+        assert {d.site.path for d in model.ada_loss.decisions} <= {"/hidden"}
+
     def test_of_copies_belong_to_the_copies(self, rng):
         model = ada.AdaLossScaled(Net(), init_scale=2.0**-7)
         for twin in (copy.deepcopy(model), model.copy("copy"), model.copy("share"), model.copy("init")):

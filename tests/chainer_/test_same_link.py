@@ -262,3 +262,22 @@ def test_a_part_of_a_scaled_model_is_told_where_its_settings_go():
     model = ada.AdaLossScaled(chainer.Chain(body=chainer.Sequential(L.Linear(4, 4))))
     with pytest.raises(ValueError, match=r"/body/0 of a model.*layers=\{'/body/0'"):
         ada.AdaLossScaled(model.body[0])
+
+
+def test_a_model_that_is_gone_but_for_the_garbage_refuses_nothing():
+    part = L.Linear(4, 4)
+    holder = [chainer.Chain(part=part)]
+    holder[0].forward = lambda x, model=holder[0]: model.part(x)
+    ada.AdaLossScaled(holder.pop())
+    assert ada.AdaLossScaled(part) is part
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_a_model_keeps_what_it_calls_true_gradients(where):
+    class Net(chainer.Chain):
+        pass
+
+    net = Net()
+    holder = Net if where == "class" else net
+    holder.true_gradients = lambda *_: "mine"
+    assert ada.AdaLossScaled(net).true_gradients() == "mine"
