@@ -5,6 +5,7 @@ from ada_loss.torch import requirement as requirement  # isort: skip  (says what
 
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch.backward_mode import backward
+from ada_loss.torch.compiled import backend
 from ada_loss.torch.float32_kernels import float32_kernels
 from ada_loss.torch.grad_scaler import GradScaler
 from ada_loss.torch.recording import record
@@ -15,6 +16,7 @@ __all__ = [
     "AdaLossConfig",
     "GradScaler",
     "ScaledTensor",
+    "backend",
     "backward",
     "float32_kernels",
     "linear_backward",

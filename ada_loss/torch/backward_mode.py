@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.torch import operators
+from ada_loss.torch.foreign_graphs import refuse_foreign_graphs
 from ada_loss.torch.operators.results import one
 from ada_loss.torch.scaled_tensor import ScaledTensor, holds_others
 from ada_loss.torch.shifts import Shifts, shifts_for
@@ -35,11 +36,14 @@ class BackwardMode(TorchDispatchMode):
         self.shifts = shifts
         self.entered = 0
         self._recorded = False
+        self._paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         if types:
             if holds_others(types):
                 return NotImplemented
@@ -63,6 +67,15 @@ class BackwardMode(TorchDispatchMode):
             yield
         finally:
             self._recorded = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no backward pass, such as compiling one."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def seed(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient with which backward begins; scaled where it is of a scaled dtype."""
@@ -124,6 +137,7 @@ def _backward(
     create_graph: bool = False,
     **kwargs: Any,
 ) -> None:
+    refuse_foreign_graphs([tensor])
     with mode.recorded(create_graph):
         seed = _seed_for(mode, tensor, gradient)
         torch.Tensor.backward(tensor, seed, retain_graph, create_graph, **kwargs)
@@ -167,6 +181,7 @@ def _true(gradient: torch.Tensor | None) -> torch.Tensor | None:
 def _with_seeds(mode: BackwardMode, outputs: Any, gradients: Any) -> tuple[Any, Any]:
     """Outputs, and the gradients with which their backward pass begins, as many."""
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    refuse_foreign_graphs(output for output in outputs if isinstance(output, torch.Tensor))
     given = (gradients,) if gradients is None or isinstance(gradients, torch.Tensor) else tuple(gradients)
     if given == (None,):
         given *= len(outputs)

@@ -19,13 +19,17 @@ from ada_loss.torch.statistics import finite_peak
 
 
 class Family:
-    """What a tensor and its views have in common: one scale, and the data that all of them look at."""
+    """What a tensor and its views have in common: one scale, and the data that all of them look at.
 
-    __slots__ = ("root", "scale", "shifts")
+    factor: by which data that are not rounded yet are multiplied when they are; None before.
+    """
+
+    __slots__ = ("factor", "root", "scale", "shifts")
 
     def __init__(self, root: torch.Tensor, scale: torch.Tensor, shifts: Shifts) -> None:
         self.root = root
         self.scale = scale
+        self.factor: torch.Tensor | None = None
         self.shifts = shifts
 
 
@@ -35,29 +39,38 @@ class ScaledTensor(torch.Tensor):
     Whatever is computed from it follows the operators' rules (`ada_loss.torch.operators`); an operator
     without one sees the value, never the scaled data.
 
-    scaled_data: a plain tensor, the value times the scale.
+    scaled_data: a plain tensor, the value times the scale; of float32 where it is to be rounded later on.
     scale: a power of two, 0-dim, of float64.
+    shown_dtype: that of the rounded data, which autograd sees.
     shifts: the rule by which results of further operators are scaled.
     """
 
     scaled_data: torch.Tensor
+    shown_dtype: torch.dtype
     family: Family
 
     @staticmethod
     def __new__(
-        cls, data: torch.Tensor, scale: torch.Tensor, shifts: Shifts, *, family: Family | None = None
+        cls,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        shifts: Shifts,
+        *,
+        family: Family | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ScaledTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             data.shape,
             strides=data.stride(),
             storage_offset=data.storage_offset(),
-            dtype=data.dtype,
+            dtype=dtype or data.dtype,
             device=data.device,
         )
         # Code that reads memory by its address would find none: PyTorch then raises.
         torch._C._set_throw_on_mutable_data_ptr(tensor)
         tensor.scaled_data = data
+        tensor.shown_dtype = dtype or data.dtype
         tensor.family = family or Family(data, scale, shifts)
         return tensor
 
@@ -72,11 +85,16 @@ class ScaledTensor(torch.Tensor):
     def view_of_data(self, data: torch.Tensor) -> ScaledTensor:
         """A view of this tensor, where `data` is the same view of its data."""
         family = self.family
-        return ScaledTensor(data, family.scale, family.shifts, family=family)
+        return ScaledTensor(data, family.scale, family.shifts, family=family, dtype=self.shown_dtype)
 
     def with_data(self, data: torch.Tensor) -> ScaledTensor:
         """Other data at the same scale."""
-        return ScaledTensor(data, self.family.scale, self.family.shifts)
+        return ScaledTensor(data, self.family.scale, self.family.shifts, dtype=self.shown_dtype)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the data are of the dtype that autograd sees."""
+        return self.scaled_data.dtype == self.shown_dtype
 
     def to_true(self) -> torch.Tensor:
         """The value as a plain tensor, in float32 where the data are float16."""

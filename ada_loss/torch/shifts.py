@@ -7,10 +7,11 @@ there: the product is at hand in float32 before it is rounded, and so is its pea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
+import numpy as np
 import torch
 
 from ada_loss.core.config import AdaLossConfig
@@ -25,6 +26,12 @@ from ada_loss.torch.statistics import MATHS, finite_peak, peak, statistics
 OF_ZERO = 2.0**100
 """The scale of zeros, which fit any: where they meet others, those decide."""
 
+UNIT = torch.ones((), dtype=torch.float64)
+"""The scale of true values; told by its identity, so that nothing is computed with it."""
+
+_ONE, _MANTISSA = 0x3F800000, 0x7FFFFF
+"""The bits of 1 in float32, and those of a mantissa."""
+
 _TINY = 2.0**-111
 """Peaks below count as this much: what they are scaled by stays within float32."""
 
@@ -37,17 +44,42 @@ def floor_power_of_two(x: torch.Tensor) -> torch.Tensor:
 
 def times(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     """x times a power of two, in x's dtype, also where x has no axes either."""
+    if power is UNIT:
+        return x
     return x * (power if x.dim() else power.to(x.dtype))
 
 
 def over(x: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     """x divided by a power of two, in x's dtype."""
+    if power is UNIT:
+        return x
     return x / (power if x.dim() else power.to(x.dtype))
 
 
+def combined(scales: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The product of scales."""
+    return reduce(torch.mul, [scale for scale in scales if scale is not UNIT] or [UNIT])
+
+
+def quotient(scale: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """One scale divided by another."""
+    if scale is by:
+        return UNIT
+    return 1 / by if scale is UNIT else scale if by is UNIT else scale / by
+
+
 def factor_to(target: float, magnitude: torch.Tensor) -> torch.Tensor:
-    """The largest power of two that leaves a magnitude at or below `target`; 1 if it is not finite."""
-    return floor_power_of_two(target / magnitude.clamp(min=_TINY).nan_to_num(target, target))
+    """The largest power of two that leaves a magnitude, of float32, at or below `target`; 1 if it is not
+    finite.
+
+    By its bits: the exponents' difference, one less where the magnitude's mantissa is the larger one. That is
+    exact, and takes few operations of a compiled graph.
+    """
+    bits = np.float32(target).view(np.int32).item()
+    larger = _MANTISSA - (bits & _MANTISSA)
+    ones = (magnitude.clamp(min=_TINY).view(torch.int32) + (larger - _ONE)) & ~_MANTISSA
+    factor = ((bits & ~_MANTISSA) - ones).clamp(min=0).view(torch.float32)
+    return torch.where(torch.isfinite(magnitude), factor, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +91,14 @@ class Shifts:
     entry: the scale with which gradients enter, 0-dim, of float32, on any device; overflow lowers it. Without
         it `config.init_scale`.
     dtypes: what is scaled.
+    late: whether gradients stay in float32 until a product takes them, as in a compiled graph, where that
+        costs nothing.
     """
 
     config: AdaLossConfig
     entry: torch.Tensor | None = None
     dtypes: frozenset[torch.dtype] = frozenset([torch.float16])
+    late: bool = False
     _entry: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _backoff: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -98,6 +133,10 @@ class Shifts:
             return torch.ones_like(scale)
         highest = reduce(torch.maximum, [torch.where(s < OF_ZERO, s, scale) for s in meeting])
         return torch.minimum(highest / scale, factor_to(FLOAT16.max, finite_peak(total)))
+
+    def rounding(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The factor for a gradient that has stayed in float32, as a product is about to take it."""
+        return UNIT
 
     def _entry_on(self, device: torch.device) -> torch.Tensor:
         """The entry scale on a device, of float64."""
@@ -142,6 +181,9 @@ class AutoShifts(Shifts):
         self, total: torch.Tensor, scale: torch.Tensor, meeting: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
         return self._towards(AUTO_HEADROOM, finite_peak(total) if meeting else peak(total))
+
+    def rounding(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self._towards(AUTO_HEADROOM, gradient.abs().amax())
 
     def _towards(self, headroom: int, magnitude: torch.Tensor) -> torch.Tensor:
         factor = factor_to(FLOAT16.max * 2.0**-headroom, magnitude)
@@ -202,8 +244,8 @@ METHODS = tuple(rule.name for rule in _SHIFTS)
 """The methods of `AdaLossConfig` that this front end knows."""
 
 
-def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shifts:
-    """The rule that the settings name.
+def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None, *, late: bool = False) -> Shifts:
+    """The rule that the settings name. For entry and late see `Shifts`.
 
     Raises:
         ValueError: this front end does not have the method or the setting.
@@ -218,4 +260,4 @@ def shifts_for(config: AdaLossConfig, entry: torch.Tensor | None = None) -> Shif
             "update_per_n_iteration must be 1 in PyTorch, where scales are chosen anew in every step, "
             f"not {config.update_per_n_iteration!r}."
         )
-    return _SHIFTS[config.rule](config, entry)
+    return _SHIFTS[config.rule](config, entry, late=late)

@@ -15,7 +15,9 @@ from ada_loss.torch.scaled_tensor import ScaledTensor
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """To a dtype that is not scaled, the true value; otherwise the data, or wherever they are copied to."""
     gradient, dtype = args[0], cast_to(args, kwargs)
-    if dtype is None or dtype == gradient.scaled_data.dtype:
+    if dtype is None or dtype == gradient.shown_dtype:
+        if not gradient.is_rounded:
+            return gradient
         data = func(gradient.scaled_data, *args[1:], **kwargs)
         return ScaledTensor(data, gradient.scale.to(data.device, non_blocking=True), gradient.shifts)
     if dtype in gradient.shifts.dtypes:

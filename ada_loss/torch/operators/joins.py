@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, raw, widened
+from ada_loss.torch.operators.arguments import leaves, mapped, only_scaled, raw, shown_dtype, widened
 from ada_loss.torch.operators.linear import passes
 from ada_loss.torch.operators.registry import Rule, register
 from ada_loss.torch.operators.results import all_rounded, one
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import times
+from ada_loss.torch.shifts import UNIT, quotient, times
 
 
 def joins(*positions: int) -> Rule:
@@ -35,13 +35,14 @@ def joins(*positions: int) -> Rule:
         shifts, dtype = found[0].shifts, _joint_dtype(tensors)
         scales = [leaf.scale for leaf in found]
         if any(not isinstance(leaf, ScaledTensor) for leaf in tensors):
-            scales.append(one(found[0]))
-        lowest = reduce(torch.minimum, scales)
+            scales.append(UNIT if shifts.late else one(found[0]))
+        lowest = _lowest(scales)
 
         def aligned(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            return times(widened(leaf), lowest / leaf.scale if isinstance(leaf, ScaledTensor) else lowest)
+            scale = leaf.scale if isinstance(leaf, ScaledTensor) else UNIT
+            return times(widened(leaf), quotient(lowest, scale))
 
         arguments = [mapped(aligned if i in positions else widened, arg) for i, arg in enumerate(args)]
         results = func(*arguments, **kwargs)
@@ -52,11 +53,19 @@ def joins(*positions: int) -> Rule:
     return rule
 
 
+def _lowest(scales: list[torch.Tensor]) -> torch.Tensor:
+    """The smallest scale."""
+    others = [scale for scale in scales if scale is not UNIT]
+    if not others:
+        return UNIT
+    lowest = reduce(torch.minimum, others)
+    return lowest if len(others) == len(scales) else lowest.clamp(max=1.0)
+
+
 def _joint_dtype(tensors: list[torch.Tensor]) -> torch.dtype:
     """The dtype of what is computed of all of these; a tensor without axes counts less than one with some."""
-    tensors = [raw(tensor) for tensor in tensors]
-    with_axes = [tensor for tensor in tensors if tensor.dim()]
-    return reduce(torch.promote_types, [tensor.dtype for tensor in with_axes or tensors])
+    with_axes = [tensor for tensor in tensors if raw(tensor).dim()]
+    return reduce(torch.promote_types, [shown_dtype(tensor) for tensor in with_axes or tensors])
 
 
 register("joins", joins(0, 1), "aten.add", "aten.sub")

@@ -26,7 +26,7 @@ def passes(*positions: int) -> Rule:
         if len(found) != 1:
             return NotImplemented
         source = found[0]
-        results = func(*mapped(raw, args), **kwargs)
+        results = func(*mapped(raw if source.is_rounded else widened, args), **kwargs)
         return mapped(lambda result: _at_scale_of(source, result), results)
 
     return rule
@@ -52,7 +52,7 @@ def sums(*positions: int, dtypes_of: tuple[int, ...] | None = None) -> Rule:
             return NotImplemented
         source = found[0]
         results = func(*mapped(widened, args), **mapped(widened, kwargs))
-        dtype = kwargs.get("dtype") or source.scaled_data.dtype
+        dtype = kwargs.get("dtype") or source.shown_dtype
         count = 1 if isinstance(results, torch.Tensor) else len(results)
         dtypes = [_dtype_of(args, i, dtype) for i in dtypes_of] if dtypes_of else [dtype] * count
         return all_rounded(results, dtypes, source.scale, source.shifts, source.shifts.of_sum)

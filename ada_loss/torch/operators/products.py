@@ -4,16 +4,16 @@ scales multiply."""
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
 
 from ada_loss.torch.operators.arguments import only_scaled, raw, true, widened
 from ada_loss.torch.operators.registry import implements
-from ada_loss.torch.operators.results import rounded
+from ada_loss.torch.operators.results import rounded, rounded_late
 from ada_loss.torch.scaled_tensor import ScaledTensor
-from ada_loss.torch.shifts import Shifts, floor_power_of_two
+from ada_loss.torch.shifts import Shifts, combined, floor_power_of_two
 
 
 @implements("decides", "aten.mm", "aten.bmm", "aten.mv", "aten.dot")
@@ -22,11 +22,15 @@ def matrix_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     found = only_scaled((0, 1), args, kwargs)
     if not found or len(args) != 2 or kwargs:
         return NotImplemented
-    left, right = args
+    left, right = map(_operand, args)
     product = _product_in_float32(func, raw(left), raw(right))
     gradient, factor = (left, right) if isinstance(left, ScaledTensor) else (right, left)
     choose = partial(_of_product, found[0].shifts, raw(gradient), raw(factor), raw(left).shape[-1])
-    return rounded(product, raw(left).dtype, scale_of(found), found[0].shifts, choose)
+    return rounded(product, raw(left).dtype, scale_of((left, right)), found[0].shifts, choose)
+
+
+def _operand(leaf: Any) -> Any:
+    return rounded_late(leaf) if isinstance(leaf, ScaledTensor) else leaf
 
 
 def _product_in_float32(func: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -42,11 +46,11 @@ def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     found = only_scaled((0, 1, 2), args, kwargs)
     if not found or not isinstance(args[0], ScaledTensor):
         return NotImplemented
-    gy, x, weight = args[:3]
+    gy, x, weight = map(_operand, args[:3])
     groups, transposed = args[9], args[7]
     shape = raw(weight).shape
     fan = shape[1 if transposed else 0] * math.prod(shape[2:]) // (1 if transposed else groups)
-    results = func(*(widened(arg) for arg in args[:3]), *args[3:], **kwargs)
+    results = func(*map(widened, (gy, x, weight)), *args[3:], **kwargs)
     shifts = gy.shifts
     of_product = partial(_of_product, shifts, gy.scaled_data, raw(weight), fan)
     ways = (
@@ -68,10 +72,9 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         left, right = right, left
     if isinstance(right, ScaledTensor):
         wide = widened(left) * widened(right)
-        return rounded(
-            wide, torch.result_type(raw(left), raw(right)), scale_of(args), left.shifts, left.shifts.of_sum
-        )
-    dtype = torch.result_type(left.scaled_data, right)
+        dtype = torch.promote_types(left.shown_dtype, right.shown_dtype)
+        return rounded(wide, dtype, scale_of(args), left.shifts, left.shifts.of_sum)
+    dtype = _dtype_with(left, right)
     if isinstance(right, torch.Tensor) and right.dim():
         wide = widened(left) * widened(right)
         return rounded(wide, dtype, left.scale, left.shifts, left.shifts.of_sum)
@@ -84,15 +87,17 @@ def quotient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     left, right = args
     if kwargs.get("rounding_mode") or not isinstance(left, ScaledTensor):
         return NotImplemented
-    dtype = torch.result_type(left.scaled_data, raw(right))
+    dtype = _dtype_with(left, raw(right))
     wide = widened(left) / true(right)
     return rounded(wide, dtype, left.scale, left.shifts, left.shifts.of_sum)
 
 
 def _times_number(gradient: ScaledTensor, number: Any, dtype: torch.dtype) -> Any:
     data = gradient.scaled_data
-    if dtype != data.dtype:
+    if dtype != gradient.shown_dtype:
         return NotImplemented
+    if not gradient.is_rounded:
+        return gradient.with_data(data * number)
     if isinstance(number, torch.Tensor):
         wide = number.float()
         power = floor_power_of_two(wide.abs())
@@ -105,10 +110,15 @@ def _times_number(gradient: ScaledTensor, number: Any, dtype: torch.dtype) -> An
     return ScaledTensor(product, gradient.scale / power, gradient.shifts)
 
 
+def _dtype_with(gradient: ScaledTensor, other: Any) -> torch.dtype:
+    """The dtype of a product of a gradient and anything else."""
+    data = gradient.scaled_data
+    return torch.result_type(data if gradient.is_rounded else data.to(gradient.shown_dtype), other)
+
+
 def scale_of(factors: Any) -> torch.Tensor:
     """The scale of a product of these."""
-    scales = [factor.scale for factor in factors if isinstance(factor, ScaledTensor)]
-    return reduce(torch.mul, scales)
+    return combined(factor.scale for factor in factors if isinstance(factor, ScaledTensor))
 
 
 def _of_product(

@@ -50,6 +50,8 @@ def zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(raw(args[0]), *args[1:], **kwargs)
     if result.dtype != raw(args[0]).dtype:
         return result
+    if not args[0].is_rounded:
+        return args[0].with_data(result)
     return ScaledTensor(result, torch.full_like(one(result), OF_ZERO), args[0].shifts)
 
 
@@ -57,8 +59,8 @@ def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor of this one's kind that holds a true number everywhere."""
     if not _only_first_is_scaled(args, kwargs):
         return NotImplemented
-    dtype = kwargs.get("dtype") or raw(args[0]).dtype
-    if dtype != raw(args[0]).dtype:
+    dtype = kwargs.get("dtype") or args[0].shown_dtype
+    if dtype != args[0].shown_dtype:
         return func(raw(args[0]), *args[1:], **kwargs)
     result = func(widened(args[0]), *args[1:], **mapped(widened, kwargs))
     return entering(result, dtype, args[0].shifts)
