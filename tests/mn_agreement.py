@@ -43,7 +43,7 @@ def communication(comm: Any) -> dict[str, Any]:
 def exponents(comm: Any) -> dict[str, Any]:
     """What is lent of gradients that ranks see differently, if there were 64 ranks to add them up."""
     from ada_loss.chainer.agreement import expose_at_agreed_exponents
-    from ada_loss.chainer.gradient import InFlight
+    from ada_loss.chainer.gradient import ScaledGradient
     from ada_loss.chainer.parameters import adopt
 
     held = {
@@ -66,7 +66,7 @@ def exponents(comm: Any) -> dict[str, Any]:
         parameter.cleargrad()
         if value is not None:
             array, exponent = np.frexp(value)
-            parameter.receive(InFlight(np.full(3, array, np.float16), -int(exponent)), 1.0)
+            parameter.receive(ScaledGradient(np.full(3, array, np.float16), -int(exponent)), 1.0)
         parameters.append(parameter)
     agreed = expose_at_agreed_exponents(parameters, Many()).exponents
     lent = {name: p.grad for name, p in zip(held, parameters, strict=True)}
@@ -146,16 +146,18 @@ def own_timing(comm: Any) -> dict[str, Any]:
 def statistics(comm: Any) -> dict[str, Any]:
     """Gradients brought to one exponent, as before ranks average statistics of them."""
     from ada_loss.chainer.agreement import at_agreed_exponent
-    from ada_loss.chainer.gradient import InFlight
+    from ada_loss.chainer.gradient import ScaledGradient
 
     last = comm.rank == comm.size - 1
     held = {
-        "equal": InFlight(np.float16([1, 2]), 7),
-        "different": InFlight(np.float16([1, 2]), 3 * comm.rank),
-        "zero here": InFlight(np.float16([0, 0] if comm.rank == 0 else [1, 2]), 5 if comm.rank == 0 else -5),
-        "zero": InFlight(np.float16([0, 0]), comm.rank),
-        "no room": InFlight(np.float16([6e4, 1] if comm.rank == 0 else [1, 2]), 8 * comm.rank),
-        "infinite": InFlight(np.float16([np.inf if last else 1, 2]), comm.rank),
+        "equal": ScaledGradient(np.float16([1, 2]), 7),
+        "different": ScaledGradient(np.float16([1, 2]), 3 * comm.rank),
+        "zero here": ScaledGradient(
+            np.float16([0, 0] if comm.rank == 0 else [1, 2]), 5 if comm.rank == 0 else -5
+        ),
+        "zero": ScaledGradient(np.float16([0, 0]), comm.rank),
+        "no room": ScaledGradient(np.float16([6e4, 1] if comm.rank == 0 else [1, 2]), 8 * comm.rank),
+        "infinite": ScaledGradient(np.float16([np.inf if last else 1, 2]), comm.rank),
     }
     agreed = {name: at_agreed_exponent(gradient, comm) for name, gradient in held.items()}
     return {

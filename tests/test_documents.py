@@ -56,14 +56,16 @@ def run(code: str, names: dict[str, object]) -> None:
     exec(compile(code, "document", "exec"), names)
 
 
-def test_the_two_lines_of_the_readme_train_a_model() -> None:
-    (two_lines, *_) = blocks("README.md", "python")
-    with dtype("mixed16"):
-        names: dict[str, object] = {"model": Net()}
-        run(two_lines, names)
-        before = names["model"].head.W.array.copy()  # type: ignore[attr-defined]
-        trained(names["model"], names["optimizer"])  # type: ignore[arg-type]
-    assert (names["model"].head.W.array != before).any()  # type: ignore[attr-defined]
+def test_the_lines_of_the_readme_train_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chainer.global_config, "dtype", chainer.global_config.dtype)
+    (code,) = (code for code in blocks("README.md", "python") if "ada.prepare(" in code)
+    names: dict[str, object] = {"Net": Net}
+    run(code, names)
+    model, optimizer = names["model"], names["optimizer"]
+    before = model.head.W.array.copy()  # type: ignore[attr-defined]
+    trained(model, optimizer)  # type: ignore[arg-type]
+    assert model.head.W.dtype == np.float16  # type: ignore[attr-defined]
+    assert (model.head.W.array != before).any()  # type: ignore[attr-defined]
 
 
 def lines_that_scale(code: str) -> list[str]:

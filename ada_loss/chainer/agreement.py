@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ada_loss.arrays.library import amax_of, deferred_amax
-from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.gradient import ScaledGradient, shifted
 from ada_loss.chainer.parameters import ScaledParameter
 from ada_loss.core import agreement
 from ada_loss.core.decision import StepMeasurements
@@ -69,14 +69,14 @@ def agreed_by_all(mine: StepMeasurements, *, communicator: Any) -> StepMeasureme
     return communicator.mpi_comm.allreduce(mine, op=StepMeasurements.merged)
 
 
-def at_agreed_exponent(gradient: InFlight, communicator: Any) -> InFlight:
+def at_agreed_exponent(gradient: ScaledGradient, communicator: Any) -> ScaledGradient:
     """A gradient that all ranks hold a part of, at one exponent: the largest of theirs at which none
     overflows."""
     array, exponent = gradient
     limit = float(np.finfo(array.dtype).max)
     bids = agreement.scaled_bids(amax_of(array), limit, exponent)
     agreed = agreement.scaled_exponent(*_minimum(bids, communicator))
-    return InFlight(shifted(array, agreed - exponent), agreed)
+    return ScaledGradient(shifted(array, agreed - exponent), agreed)
 
 
 def _minimum(values: Sequence[int], communicator: Any) -> list[int]:

@@ -5,7 +5,7 @@ variable are added in the same order, so with float32 and powers of two the resu
 differs, for functions in a scope only:
 
 - a gradient that enters the scope gets the entry exponent, one that leaves it becomes the true gradient;
-  gradients of parameters stay in flight until the optimizer asks for them;
+  gradients of parameters stay scaled until the optimizer asks for them;
 - several gradients of one variable, or of the outputs of one function, are aligned first (`gradient.align`);
 - a decision point chooses a shift, computes its input gradient with it and its parameter gradients without
   it;
@@ -37,7 +37,7 @@ from chainer.variable import VariableNode, _check_grad_type
 
 from ada_loss.chainer import backward_state, observing, origin, running_statistics
 from ada_loss.chainer.agreement import at_agreed_exponent
-from ada_loss.chainer.gradient import ANYWHERE, InFlight, Meeting, add, align, shifted
+from ada_loss.chainer.gradient import UNKNOWN_PLACE, Accumulation, ScaledGradient, add, align, shifted
 from ada_loss.chainer.hooks import hooked
 from ada_loss.chainer.ownership import in_scopes, tag_graph
 from ada_loss.chainer.parameter_gradients import gradients_in_range, parameter_gradients
@@ -46,7 +46,7 @@ from ada_loss.chainer.products import backward_arrays, enters_float16, input_gra
 from ada_loss.chainer.tagging import Tag, communicates, tag_of
 from ada_loss.chainer.user_functions import is_users, users_gradients
 
-Inputs = list[tuple[VariableNode, InFlight]]
+Inputs = list[tuple[VariableNode, ScaledGradient]]
 
 UNSCALED = (
     "Gradients that are to be differentiated again (enable_double_backprop) are not scaled: float16 loses "
@@ -63,7 +63,7 @@ class BackwardPass:
     def __init__(self, *, retain_grad: bool = False, unscaled: bool = False) -> None:
         self._retain_grad = retain_grad
         self._unscaled = unscaled
-        self._gradients: dict[VariableNode, list[InFlight]] = {}
+        self._gradients: dict[VariableNode, list[ScaledGradient]] = {}
         self._waiting: list[tuple[int, int, Any]] = []
         self._seen: set[Any] = set()
         self._leaves: dict[VariableNode, bool] = {}
@@ -71,7 +71,7 @@ class BackwardPass:
 
     def run(
         self,
-        outputs: Iterable[tuple[VariableNode, InFlight | None]],
+        outputs: Iterable[tuple[VariableNode, ScaledGradient | None]],
         tag: Tag | None = None,
         starts: Iterable[VariableNode] | None = None,
     ) -> None:
@@ -90,13 +90,13 @@ class BackwardPass:
             _, _, function = heapq.heappop(self._waiting)
             self._visit(function)
 
-    def pop(self, node: VariableNode | None) -> InFlight | None:
+    def pop(self, node: VariableNode | None) -> ScaledGradient | None:
         """The gradient of a node, which is forgotten here; None where none has arrived."""
         gradients = self._gradients.pop(node, None)
         return _total(node, gradients) if gradients else None
 
     def finish(self) -> None:
-        """Hand their gradients to the leaves: in flight to parameters that a scope uses, true to others."""
+        """Hand their gradients to the leaves: scaled to parameters that a scope uses, true to others."""
         for leaf, scoped in self._leaves.items():
             variable, gradient = leaf.get_variable_or_none(), self.pop(leaf)
             if variable is None or gradient is None:
@@ -106,7 +106,7 @@ class BackwardPass:
                 if self._unscaled or leaf not in self._through_scopes:
                     variable.unscaled |= lacks_scale(variable)
             elif isinstance(variable, chainer.Parameter) and (scoped or gradient.exponent):
-                # Without a scope in this pass, what the gradient was added to was in flight.
+                # Without a scope in this pass, what the gradient was added to was scaled.
                 adopt(variable).receive(gradient, backward_state.loss_scale(), scoped=scoped)
             else:
                 _give(variable, gradient)
@@ -143,7 +143,7 @@ class BackwardPass:
     def _targets(self, function: Any) -> tuple[int, ...]:
         return tuple(index for index, x in enumerate(function.inputs) if x.requires_grad)
 
-    def _present(self, leaf: VariableNode) -> list[InFlight]:
+    def _present(self, leaf: VariableNode) -> list[ScaledGradient]:
         return _take_present(leaf)
 
     def _show(self, function: Any, gys: tuple[Any, ...], exponent: int, found: Inputs) -> None:
@@ -153,10 +153,10 @@ class BackwardPass:
     def _retain(self, outputs: list[Any], gys: tuple[Any, ...], exponent: int) -> None:
         for y, gy in zip(outputs, gys, strict=True):
             if y is not None:
-                gradient = None if gy is None else _at_exponent_around(InFlight(gy, exponent))
+                gradient = None if gy is None else _at_exponent_around(ScaledGradient(gy, exponent))
                 y._set_grad_var_if_available(gradient and chainer.Variable(gradient.array))
 
-    def _arrive(self, node: VariableNode, gradient: InFlight, tag: Tag | None) -> None:
+    def _arrive(self, node: VariableNode, gradient: ScaledGradient, tag: Tag | None) -> None:
         creator = node.creator_node
         if creator is None:
             self._reach(node)
@@ -164,7 +164,7 @@ class BackwardPass:
         elif tag is None and not gradient.exponent and (inside := tag_of(creator)) is not None:
             exponent = inside.scope.entry_exponent
             backward_state.note_entry(inside.scope.policy)
-            gradient = InFlight(shifted(gradient.array, exponent), exponent)
+            gradient = ScaledGradient(shifted(gradient.array, exponent), exponent)
         self._gradients.setdefault(node, []).append(gradient)
 
     def _reach(self, node: VariableNode) -> None:
@@ -179,15 +179,15 @@ class BackwardPass:
             self._seen.add(function)
 
 
-def _total(node: Any, gradients: list[InFlight], tag: Tag | None = None) -> InFlight:
+def _total(node: Any, gradients: list[ScaledGradient], tag: Tag | None = None) -> ScaledGradient:
     """The sum of a variable's gradients; that of a parameter, which has no room to spare, in float32."""
     if len(gradients) == 1:
         return gradients[0]
     wide = isinstance(node.get_variable_or_none(), chainer.Parameter)
-    return add(gradients, _meeting(tag), wide=wide)
+    return add(gradients, _accumulation(tag), wide=wide)
 
 
-def _take_present(leaf: VariableNode) -> list[InFlight]:
+def _take_present(leaf: VariableNode) -> list[ScaledGradient]:
     """The gradient that a leaf has from earlier passes, which is to be added to; the leaf gives it up."""
     variable = leaf.get_variable_or_none()
     if isinstance(variable, chainer.Parameter):
@@ -197,10 +197,10 @@ def _take_present(leaf: VariableNode) -> list[InFlight]:
         return []
     exponent = backward_state.exponent() if backward_state.changes().gave(variable) else 0
     array, variable.grad_var = variable.grad_var.array, None
-    return [InFlight(array, exponent)]
+    return [ScaledGradient(array, exponent)]
 
 
-def _give(leaf: chainer.Variable, gradient: InFlight) -> None:
+def _give(leaf: chainer.Variable, gradient: ScaledGradient) -> None:
     """Set the gradient of a leaf that is no parameter, as the code that started this pass sees gradients."""
     before = leaf.grad
     # Passes inside this one may have reached the leaf as well.
@@ -210,18 +210,18 @@ def _give(leaf: chainer.Variable, gradient: InFlight) -> None:
     backward_state.changes().give(leaf, before, array)
 
 
-def _meeting(tag: Tag | None) -> Meeting:
+def _accumulation(tag: Tag | None) -> Accumulation:
     """What is known of gradients that meet at a function."""
-    return ANYWHERE if tag is None else tag.scope.policy.meeting()
+    return UNKNOWN_PLACE if tag is None else tag.scope.policy.accumulation()
 
 
-def _aligned(gys: list[InFlight | None], tag: Tag | None) -> tuple[tuple[Any, ...], int]:
+def _aligned(gys: list[ScaledGradient | None], tag: Tag | None) -> tuple[tuple[Any, ...], int]:
     present = [gy for gy in gys if gy is not None]
     if not present:
         return (None,) * len(gys), 0
     if len(present) == 1:
         return tuple(gy and gy.array for gy in gys), present[0].exponent
-    arrays, exponent = align(present, _meeting(tag))
+    arrays, exponent = align(present, _accumulation(tag))
     remaining = iter(arrays)
     return tuple(None if gy is None else next(remaining) for gy in gys), exponent
 
@@ -241,7 +241,7 @@ def _gradients(
     gys, exponent = _at_fixed_scale(gys, exponent, tag)
     if is_users(function):
         scales_sums = tag is not None and tag.scope.scales_sums(tag.point)
-        headroom = _meeting(tag).headroom
+        headroom = _accumulation(tag).headroom
         gxs, exponent = users_gradients(
             function, targets, gys, exponent, headroom=headroom, retreats=scales_sums
         )
@@ -256,12 +256,12 @@ def _gradients(
         gxs = backward_arrays(function, plain, gys)
     found.update((index, (gx, exponent)) for index, gx in zip(plain, gxs, strict=True))
     present = [index for index in targets if found[index][0] is not None]
-    return [(function.inputs[index], InFlight(*found[index])) for index in present]
+    return [(function.inputs[index], ScaledGradient(*found[index])) for index in present]
 
 
 def _with_nodes(function: Any, targets: tuple[int, ...], gxs: tuple[Any, ...], exponent: int) -> Inputs:
     pairs = zip(targets, gxs, strict=True)
-    return [(function.inputs[index], InFlight(gx, exponent)) for index, gx in pairs if gx is not None]
+    return [(function.inputs[index], ScaledGradient(gx, exponent)) for index, gx in pairs if gx is not None]
 
 
 def _decided(
@@ -299,7 +299,7 @@ def _forgotten(
     tag_graph((y.node, None) for y in outputs)
     inner = BackwardPass()
     entries = zip(outputs, gys, strict=True)
-    inner.run(((y.node, InFlight(gy, exponent)) for y, gy in entries if gy is not None), tag)
+    inner.run(((y.node, ScaledGradient(gy, exponent)) for y, gy in entries if gy is not None), tag)
     found = [(function.inputs[index], inner.pop(inputs[index].node)) for index in targets]
     inner.finish()
     return [(node, gx) for node, gx in found if gx is not None]
@@ -319,7 +319,7 @@ def _agreed_over_processes(function: Any, gys: tuple[Any, ...], exponent: int) -
     if communicator is None or gys[0] is None:
         return gys, exponent
     backward_state.note_communication()
-    agreed = at_agreed_exponent(InFlight(gys[0], exponent), communicator)
+    agreed = at_agreed_exponent(ScaledGradient(gys[0], exponent), communicator)
     return (agreed.array, *gys[1:]), agreed.exponent
 
 
@@ -328,13 +328,13 @@ def _communicator(function: Any) -> Any:
     return getattr(getattr(function, "_impl_selector", None), "comm", None)
 
 
-def _at_exponent_around(gradient: InFlight) -> InFlight:
+def _at_exponent_around(gradient: ScaledGradient) -> ScaledGradient:
     """A gradient as the code that started this pass sees gradients: true, unless that runs inside a pass."""
     exponent = backward_state.exponent()
-    return InFlight(shifted(gradient.array, exponent - gradient.exponent), exponent)
+    return ScaledGradient(shifted(gradient.array, exponent - gradient.exponent), exponent)
 
 
-def _outside(function: Any, gradient: InFlight | None) -> InFlight | None:
+def _outside(function: Any, gradient: ScaledGradient | None) -> ScaledGradient | None:
     """What a function outside every scope is given: the true gradient, except where float16 would lose it."""
     if gradient is None or gradient.array.dtype == np.float16 and not communicates(function):
         return gradient
@@ -377,7 +377,7 @@ def _backprop_to_all(outputs: Any, retain_grad: bool, loss_scale: float | None) 
             observing.before_pass(outputs, loss_scale, ours=True)
             this = BackwardPass(retain_grad=retain_grad, unscaled=unscaled)
             exponent = backward_state.exponent()
-            this.run((y, None if gy is None else InFlight(gy.array, exponent)) for y, gy in outputs)
+            this.run((y, None if gy is None else ScaledGradient(gy.array, exponent)) for y, gy in outputs)
             this.finish()
 
 

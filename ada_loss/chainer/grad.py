@@ -15,7 +15,7 @@ from chainer.variable import VariableNode
 from ada_loss.arrays.casting import cast
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.backward import BackwardPass, is_ours
-from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.gradient import ScaledGradient, shifted
 from ada_loss.chainer.ownership import tag_graph
 
 # This module may be reloaded, when its functions are installed already.
@@ -36,7 +36,7 @@ class PartialPass(BackwardPass):
         self._wanted = dict.fromkeys(wanted)
         self._required = required
         self._retain_all = retain_grad
-        self._found: dict[VariableNode, InFlight | None] = {}
+        self._found: dict[VariableNode, ScaledGradient | None] = {}
 
     def result(self) -> dict[VariableNode, chainer.Variable | None]:
         """The gradients of the nodes that are wanted, as the code sees them that asked."""
@@ -47,7 +47,7 @@ class PartialPass(BackwardPass):
             for node, gradient in self._found.items()
         }
 
-    def pop(self, node: VariableNode | None) -> InFlight | None:
+    def pop(self, node: VariableNode | None) -> ScaledGradient | None:
         gradient = super().pop(node)
         if node is not None and node in self._wanted:
             self._found[node] = gradient
@@ -58,11 +58,11 @@ class PartialPass(BackwardPass):
     def _targets(self, function: Any) -> tuple[int, ...]:
         return tuple(index for index, x in enumerate(function.inputs) if x in self._required)
 
-    def _present(self, leaf: VariableNode) -> list[InFlight]:
+    def _present(self, leaf: VariableNode) -> list[ScaledGradient]:
         return []
 
 
-def _shown(gradient: InFlight) -> Any:
+def _shown(gradient: ScaledGradient) -> Any:
     """The array for the code that asked for it: float32 in place of float16, which could not hold it, unless
     that code is a function's backward, which goes on with it."""
     exponent = backward_state.exponent()
@@ -80,7 +80,7 @@ def _backprop(
         return _chainers_backprop(outputs, inputs, grad_required, retain_grad, grads, loss_scale)
     this = PartialPass((x.node for x in inputs), grad_required, retain_grad=retain_grad)
     exponent = backward_state.exponent()
-    given = ((node, InFlight(gy.array, exponent)) for node, gys in grads.grads.items() for gy in gys)
+    given = ((node, ScaledGradient(gy.array, exponent)) for node, gys in grads.grads.items() for gy in gys)
     with backward_state.noted(loss_scale):
         tag_graph((y.node, None) for y in outputs)
         this.run(given, starts=[y.node for y in outputs])

@@ -1,4 +1,4 @@
-"""Gradients in flight, arrays that carry an exponent, and `align`, the one primitive for adding several."""
+"""Scaled gradients, arrays that carry an exponent, and `align`, the one primitive for adding several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOAT32_EXPONENTS = 100
 """Multiplying float32 by a power of two of at most this exponent cannot leave the range of the factor."""
 
 
-class InFlight(NamedTuple):
+class ScaledGradient(NamedTuple):
     """The true gradient is `array` * 2**-`exponent`."""
 
     array: Any
@@ -54,50 +54,54 @@ def _empty_in_same_order(array: Any) -> Any:
     return np.ndarray(array.shape, array.dtype, memory, before, array.strides)
 
 
-Peaks = Callable[[Sequence[InFlight]], list[float]]
+Amaxes = Callable[[Sequence[ScaledGradient]], list[float]]
 """Tells the largest magnitudes of several gradients' arrays."""
 
 
-def largest_magnitudes(gradients: Sequence[InFlight]) -> list[float]:
+def amaxes_of(gradients: Sequence[ScaledGradient]) -> list[float]:
     """The largest magnitude of each array, by looking; on a GPU this waits for it."""
     return [amax_of(gradient.array) for gradient in gradients]
 
 
-class Meeting(NamedTuple):
+class Accumulation(NamedTuple):
     """A place at which gradients are brought to one exponent.
 
-    peaks: tells how large they are. headroom: how many powers of two their sum keeps to the largest number of
-    its format if one of them is raised.
+    amaxes: tells how large they are. headroom: how many powers of two their sum keeps to the largest number
+    of its format if one of them is raised.
     """
 
-    peaks: Peaks = largest_magnitudes
+    amaxes: Amaxes = amaxes_of
     headroom: int = HEADROOM
 
 
-ANYWHERE = Meeting()
+UNKNOWN_PLACE = Accumulation()
 """A place of which nothing is known, so that gradients that meet there are looked at."""
 
 
-def align(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE) -> tuple[list[Any], int]:
+def align(
+    gradients: Sequence[ScaledGradient], accumulation: Accumulation = UNKNOWN_PLACE
+) -> tuple[list[Any], int]:
     """Bring gradients to one exponent: the largest, not above theirs, at which their sum cannot overflow.
 
     None is raised so far that the sum has less than the headroom left, for sums and factors on the way to the
     next decision point. Gradients whose exponents agree stay as they are in formats wider than float16, and
     nobody asks how large they are. Returns the arrays, new ones where they differ, and the exponent.
     """
-    target = _common_exponent(gradients, meeting, {gradient.array.dtype for gradient in gradients})
+    target = _common_exponent(gradients, accumulation, {gradient.array.dtype for gradient in gradients})
     return [shifted(gradient.array, target - gradient.exponent) for gradient in gradients], target
 
 
-def add(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE, *, wide: bool = False) -> InFlight:
-    """The sum of gradients in flight at the exponent that `align` finds, added from left to right as Chainer
+def add(
+    gradients: Sequence[ScaledGradient], accumulation: Accumulation = UNKNOWN_PLACE, *, wide: bool = False
+) -> ScaledGradient:
+    """The sum of scaled gradients at the exponent that `align` finds, added from left to right as Chainer
     adds them; that of float16 ones in float32, and rounded once, or not at all if `wide`."""
     if len(gradients) == 1:
         return gradients[0]
     dtype = gradients[0].array.dtype
     widest = np.promote_types(dtype, np.float32)
     dtype = widest if wide else dtype
-    exponent = _common_exponent(gradients, meeting, {dtype})
+    exponent = _common_exponent(gradients, accumulation, {dtype})
     parts = (shifted(array, exponent - carried, widest) for array, carried in gradients)
     # By Chainer's own functions: where memory orders meet, that of the sum depends on the function, and on it
     # the bits of later sums.
@@ -105,15 +109,19 @@ def add(gradients: Sequence[InFlight], meeting: Meeting = ANYWHERE, *, wide: boo
     (total,) = function.forward((next(parts), next(parts)))
     for part in parts:
         total += part
-    return InFlight(cast(total, dtype), exponent)
+    return ScaledGradient(cast(total, dtype), exponent)
 
 
-def _common_exponent(gradients: Sequence[InFlight], meeting: Meeting, dtypes: set[np.dtype[Any]]) -> int:
+def _common_exponent(
+    gradients: Sequence[ScaledGradient], accumulation: Accumulation, dtypes: set[np.dtype[Any]]
+) -> int:
     exponents = [gradient.exponent for gradient in gradients]
     agree = len(set(exponents)) == 1
     if agree and (len(gradients) == 1 or np.dtype(np.float16) not in dtypes):
         return exponents[0]
     # Gradients that are aligned without being added may be of several types.
     limit = min(float(np.finfo(dtype).max) for dtype in dtypes)
-    amaxes = meeting.peaks(gradients)
-    return aligned_exponent(amaxes, exponents, limit, headroom=meeting.headroom, bounded=len(dtypes) == 1)
+    amaxes = accumulation.amaxes(gradients)
+    return aligned_exponent(
+        amaxes, exponents, limit, headroom=accumulation.headroom, bounded=len(dtypes) == 1
+    )

@@ -1,4 +1,4 @@
-"""What a parameter holds: a gradient in flight, with the rest of a loss scale that is no power of two."""
+"""What a parameter holds: a scaled gradient, with the rest of a loss scale that is no power of two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ada_loss.arrays.library import cast
-from ada_loss.chainer.gradient import InFlight, add, shifted
+from ada_loss.chainer.gradient import ScaledGradient, add, shifted
 
 
 class Carried(NamedTuple):
@@ -29,19 +29,19 @@ TRUE = Carried()
 
 
 class Held(NamedTuple):
-    """A gradient in flight that carries `factor`, in [1, 2), besides its exponent.
+    """A scaled gradient that carries `factor`, in [1, 2), besides its exponent.
 
     shown: whether code has its array that may change it in place; nobody modifies it otherwise.
     """
 
-    gradient: InFlight
+    gradient: ScaledGradient
     factor: float = 1.0
     shown: bool = False
 
     @classmethod
     def of(cls, array: Any, carried: Carried, *, shown: bool = False) -> Held:
         """An array that carries something."""
-        return cls(InFlight(array, carried.exponent), carried.factor, shown)
+        return cls(ScaledGradient(array, carried.exponent), carried.factor, shown)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -66,19 +66,21 @@ class Held(NamedTuple):
     def plus(self, other: Held) -> Held:
         """The sum in at least float32; without any scale where the two carry different factors."""
         if self.factor != other.factor:
-            return Held(InFlight(self.true())).plus(Held(InFlight(other.true())))
+            return Held(ScaledGradient(self.true())).plus(Held(ScaledGradient(other.true())))
         wide = np.promote_types(np.promote_types(self.dtype, other.dtype), np.float32)
-        parts = [InFlight(cast(array, wide), exponent) for array, exponent in (self.gradient, other.gradient)]
+        parts = [
+            ScaledGradient(cast(array, wide), exponent) for array, exponent in (self.gradient, other.gradient)
+        ]
         return Held(add(parts), self.factor)
 
     def as_finite(self) -> Any:
         """An array that is finite exactly if the true gradient is.
 
-        A gradient in flight may be finite although the true one is not, where it was scaled down.
+        A scaled gradient may be finite although the true one is not, where it was scaled down.
         """
         room = np.finfo(np.promote_types(self.dtype, np.float32)).maxexp - np.finfo(self.dtype).maxexp
         array, exponent = self.gradient
         if exponent >= -room:
             return array
         largest = abs(array.ravel()).max(initial=0, keepdims=True)
-        return self._replace(gradient=InFlight(largest, exponent)).true()
+        return self._replace(gradient=ScaledGradient(largest, exponent)).true()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 
 
 class Observer(Protocol):
@@ -17,7 +17,7 @@ class Observer(Protocol):
     def before_pass(self, outputs: list[tuple[Any, Any]], loss_scale: float, *, ours: bool) -> None:
         """A pass is about to begin, by this package's engine if `ours`, by Chainer's otherwise."""
 
-    def look(self, function: Any, exponent: int, found: Iterable[tuple[Any, InFlight]]) -> None:
+    def look(self, function: Any, exponent: int, found: Iterable[tuple[Any, ScaledGradient]]) -> None:
         """The backward of a function, whose output gradients carried `exponent`, has given gradients."""
 
 
@@ -42,7 +42,7 @@ def before_pass(outputs: list[tuple[Any, Any]], loss_scale: float | None, *, our
         observer.before_pass(outputs, loss_scale or 1.0, ours=ours)
 
 
-def look(function: Any, exponent: int, found: Iterable[tuple[Any, InFlight]]) -> None:
+def look(function: Any, exponent: int, found: Iterable[tuple[Any, ScaledGradient]]) -> None:
     """Tell all observers what came out of a function."""
     for observer in _observers:
         observer.look(function, exponent, found)

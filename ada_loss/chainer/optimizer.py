@@ -331,13 +331,13 @@ def require_scopes(target: chainer.Link) -> None:
 
 
 def look_after(target: chainer.Link) -> None:
-    """Make a link's parameters hold gradients in flight, and its steps end where an optimizer says so."""
+    """Make a link's parameters hold scaled gradients, and its steps end where an optimizer says so."""
     unique_parameters(target)
     for scope in scopes(target):
         scope.policy.stepped = True
 
 
 def unique_parameters(target: chainer.Link) -> list[ScaledParameter]:
-    """A link's parameters, each once, ordered by path; all of them can hold gradients in flight from now
+    """A link's parameters, each once, ordered by path; all of them can hold scaled gradients from now
     on."""
     return list({id(parameter): adopt(parameter) for _, parameter in sorted(target.namedparams())}.values())

@@ -31,7 +31,7 @@ from chainer.functions.array.transpose import Transpose
 from ada_loss.arrays.library import all_finite, amax_of, library_of
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.forward_values import What, first_not_finite, is_finite, results_of, value_of
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from ada_loss.chainer.scope import ENTRY
 from ada_loss.chainer.tagging import tag_of
 
@@ -193,7 +193,7 @@ def backward_from(outputs: Iterable[Any]) -> Iterator[None]:
         _seen.outputs = around
 
 
-def look(function: Any, gys: Iterable[Any], found: Iterable[tuple[Any, InFlight]]) -> None:
+def look(function: Any, gys: Iterable[Any], found: Iterable[tuple[Any, ScaledGradient]]) -> None:
     """Look at what came out of the backward of a function.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ada_loss.arrays.library import all_finite, amax_of, library_of
-from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.gradient import ScaledGradient, shifted
 from ada_loss.chainer.kernels.elementwise import float32_total
 from ada_loss.chainer.products import backward_arrays, backward_with_weight, products_of
 from ada_loss.core.alignment import HEADROOM
@@ -35,7 +35,7 @@ PyTorch would be given a copy."""
 
 def parameter_gradients(
     function: Any, targets: tuple[int, ...], gy: Any, exponent: int, backoff: int = 0
-) -> dict[int, InFlight]:
+) -> dict[int, ScaledGradient]:
     """Gradients of a layer's float16 weight and bias, by input, each at the largest scale that it can have.
 
     They are added up in float32 where the kernels do so anyway, and rounded once the largest element is
@@ -57,10 +57,10 @@ def parameter_gradients(
         sums[bias] = float32_total(gy, (0, *range(2, gy.ndim)))
     found = {}
     for index, total in sums.items():
-        peak = amax_of(total)
-        if math.isfinite(peak):
+        amax = amax_of(total)
+        if math.isfinite(amax):
             computed = function.inputs[index].creator_node is not None
-            found[index] = _rounded(total, exponent, peak, HEADROOM + backoff if computed else _LEAF_HEADROOM)
+            found[index] = _rounded(total, exponent, amax, HEADROOM + backoff if computed else _LEAF_HEADROOM)
     return found
 
 
@@ -96,8 +96,8 @@ def _adds_up(node: Any, size: int) -> bool:
     return math.prod(node.shape) < size or node.creator_node is None
 
 
-def _rounded(total: Any, exponent: int, peak: float, headroom: int) -> InFlight:
-    """A gradient that carries `exponent`, rounded to float16 with its largest element, `peak`, so many powers
+def _rounded(total: Any, exponent: int, amax: float, headroom: int) -> ScaledGradient:
+    """A gradient that carries `exponent`, rounded to float16 with its largest element, `amax`, so many powers
     of two below the format's maximum."""
-    shift = floor_log2(FLOAT16.max / peak) - headroom if peak else 0
-    return InFlight(shifted(total, shift, np.float16, reuse=True), exponent + shift)
+    shift = floor_log2(FLOAT16.max / amax) - headroom if amax else 0
+    return ScaledGradient(shifted(total, shift, np.float16, reuse=True), exponent + shift)

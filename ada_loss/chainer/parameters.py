@@ -1,6 +1,6 @@
 """A parameter whose gradient stays scaled until the optimizer asks for the true one.
 
-A scope leaves a parameter's gradient in flight: in float16 with an exponent, since dividing the scale out in
+A scope leaves a parameter's gradient scaled: in float16 with an exponent, since dividing the scale out in
 float16 would underflow again. `ScaledParameter` is Chainer's `Parameter` with a place for that. Existing
 parameters become one by `adopt`: they stay the same objects, with their names, initializers, update rules and
 hooks.
@@ -16,16 +16,16 @@ import numpy as np
 from chainer.variable import _allow_array_access_with_nonstandard_layout
 
 from ada_loss.chainer import backward_state
-from ada_loss.chainer.gradient import InFlight, shifted
+from ada_loss.chainer.gradient import ScaledGradient, shifted
 from ada_loss.chainer.held import TRUE, Carried, Held
 
 Gradient = tuple[Held | None, Any]
-"""What a parameter has in flight, and what in Chainer's own place for gradients; None stands for nothing."""
+"""What a parameter has scaled, and what in Chainer's own place for gradients; None stands for nothing."""
 
 State = dict[str, Any]
 """All of a parameter that makes up its gradient."""
 
-_STATE = ("_in_flight", "_grad", "_grad_var", "_grad_valid", "_scoped")
+_STATE = ("_scaled", "_grad", "_grad_var", "_grad_valid", "_scoped")
 """The attributes that make up a parameter's gradient."""
 
 UNPREPARED = (
@@ -44,17 +44,17 @@ class Access(Enum):
 
 
 class ScaledParameter(chainer.Parameter):
-    """A parameter with gradients in flight. `.grad` reads as the true gradient, in float32.
+    """A parameter with scaled gradients. `.grad` reads as the true gradient, in float32.
 
     What has been read from `.grad`, or assigned to it, is the gradient from then on, so it may be clipped in
-    place. Gradients from outside every scope are kept in flight as well, with the loss scale of their
+    place. Gradients from outside every scope are kept scaled as well, with the loss scale of their
     backward pass: passes with different scales add up correctly.
 
     Code that runs inside a backward pass (a function of the user's own, a hook) reads and writes gradients
     that carry what those carry that it is handed: see `backward_state.carrying`.
     """
 
-    _in_flight: Held | None = None
+    _scaled: Held | None = None
     """The gradient as long as nobody has asked for the true one; its array is never modified in place."""
 
     _scoped = False
@@ -73,7 +73,7 @@ class ScaledParameter(chainer.Parameter):
     master: Any = None
     """float32 values of a float16 parameter, kept by a prepared optimizer; None before its first update."""
 
-    def receive(self, gradient: InFlight, loss_scale: float, *, scoped: bool = True) -> None:
+    def receive(self, gradient: ScaledGradient, loss_scale: float, *, scoped: bool = True) -> None:
         """Add a gradient, which carries `loss_scale` besides its exponent; no array is modified.
 
         scoped: whether a scope contributed to it.
@@ -82,7 +82,7 @@ class ScaledParameter(chainer.Parameter):
         self._scoped |= scoped
         self._add(gradient, loss_scale)
 
-    def take(self, loss_scale: float) -> InFlight | None:
+    def take(self, loss_scale: float) -> ScaledGradient | None:
         """Give up the present gradient, where a pass with `loss_scale` is to add to it, in Chainer's order.
 
         In float16 it is not: the sums of several passes are kept in float32.
@@ -95,7 +95,7 @@ class ScaledParameter(chainer.Parameter):
             return None
         self._note_change()
         self._hold(None)
-        return InFlight(present.gradient.array, present.gradient.exponent - carried.exponent)
+        return ScaledGradient(present.gradient.array, present.gradient.exponent - carried.exponent)
 
     def true_gradient(self) -> Any:
         """The gradient without any scale: float32 (float64 for a float64 parameter), a new array; None if
@@ -119,10 +119,10 @@ class ScaledParameter(chainer.Parameter):
         if self._present() is None:
             with chainer.using_device(self.device):
                 zero = self.xp.zeros((), np.promote_types(self.dtype, np.float32))
-                self._in_flight = Held(InFlight(self.xp.broadcast_to(zero, self.shape)))
+                self._scaled = Held(ScaledGradient(self.xp.broadcast_to(zero, self.shape)))
 
     def update(self) -> None:
-        held = self._in_flight if self._access is Access.UPDATE_ONCE else None
+        held = self._scaled if self._access is Access.UPDATE_ONCE else None
         super().update()
         if held is not None:
             self._hold(held)
@@ -132,7 +132,7 @@ class ScaledParameter(chainer.Parameter):
 
         once: whether the true gradient is given up after the parameter's own update.
         """
-        before = self._in_flight, self._settled()
+        before = self._scaled, self._settled()
         self._hold(self._present())
         self._access = Access.UPDATE_ONCE if once else Access.UPDATE
         return before
@@ -141,12 +141,12 @@ class ScaledParameter(chainer.Parameter):
         """Hold the gradient from before an update again."""
         held, settled = before
         self._set_grad_without_check(settled)
-        self._in_flight, self._access = held, Access.ANYBODY
+        self._scaled, self._access = held, Access.ANYBODY
 
     def expose_for_average(self, array: Any) -> None:
         """Show `array` as a plain gradient of Chainer's, for a communicator to average in place, until
         `accept_average`."""
-        self._in_flight, self._access = None, Access.AVERAGE
+        self._scaled, self._access = None, Access.AVERAGE
         self._set_grad_without_check(array)
 
     def accept_average(self, exponent: int) -> None:
@@ -223,7 +223,7 @@ class ScaledParameter(chainer.Parameter):
 
     def _set_grad(self, g: Any, *, layout_check: bool = True) -> None:
         self._note_change()
-        self._in_flight = None
+        self._scaled = None
         if g is None or not self._takes_wider(g):
             super()._set_grad(g, layout_check=layout_check)
         else:
@@ -243,12 +243,12 @@ class ScaledParameter(chainer.Parameter):
     def _set_grad_var_without_check(self, gv: chainer.Variable | None) -> None:
         self._note_change()
         if not backward_state.in_chainers_engine():
-            self._in_flight = None
+            self._scaled = None
             super()._set_grad_var_without_check(gv)
             self._take_as_carrying(None if gv is None else gv.array)
         elif gv is not None:
             self.unscaled |= lacks_scale(gv.array)
-            self._add(InFlight(gv.array), backward_state.loss_scale())
+            self._add(ScaledGradient(gv.array), backward_state.loss_scale())
 
     def _show(self) -> Any:
         """The gradient for code to read, and to change in place: true but for what it carries there."""
@@ -277,12 +277,12 @@ class ScaledParameter(chainer.Parameter):
         """Keep what the gradient is, if code is running whose changes may be undone."""
         if backward_state.changes().keep(self, self.exchange()):
             # What is kept must not be changed in place.
-            if self._in_flight is not None:
-                self._in_flight = self._in_flight._replace(shown=False)
+            if self._scaled is not None:
+                self._scaled = self._scaled._replace(shown=False)
             if (settled := self._settled()) is not None:
                 self._set_grad_without_check(settled.copy())
 
-    def _add(self, gradient: InFlight, loss_scale: float) -> None:
+    def _add(self, gradient: ScaledGradient, loss_scale: float) -> None:
         carried = Carried.of(loss_scale, gradient.exponent)
         present, new = self._present(), Held.of(gradient.array, carried)
         if present is None:
@@ -292,29 +292,29 @@ class ScaledParameter(chainer.Parameter):
             self._hold(present.plus(new))
 
     def _present(self) -> Held | None:
-        """The gradient as it is: in flight, or true in Chainer's own place for gradients."""
-        if self._in_flight is not None:
-            return self._in_flight
+        """The gradient as it is: scaled, or true in Chainer's own place for gradients."""
+        if self._scaled is not None:
+            return self._scaled
         settled = self._settled()
-        return None if settled is None else Held(InFlight(settled))
+        return None if settled is None else Held(ScaledGradient(settled))
 
     def _hold(self, held: Held | None) -> None:
         self._set_grad_without_check(None)
-        self._in_flight = held
+        self._scaled = held
 
     def _settled(self) -> Any:
         """The gradient if it is true already, in Chainer's own place for gradients."""
         return super()._get_grad() if self._grad_valid else None
 
     def _settle(self) -> None:
-        if self._in_flight is not None:
+        if self._scaled is not None:
             true = self.true_gradient()
-            self._in_flight = None
+            self._scaled = None
             self._set_grad_without_check(true)
 
     def _forget_scopes(self) -> None:
         self._note_change()
-        self._in_flight, self._scoped, self.unscaled = None, False, False
+        self._scaled, self._scoped, self.unscaled = None, False, False
 
     def __copy__(self) -> ScaledParameter:
         return self._copy_to(type(self)())
@@ -333,7 +333,7 @@ _SCALED: dict[type, type] = {chainer.Parameter: ScaledParameter}
 
 
 def adopt(parameter: chainer.Parameter) -> ScaledParameter:
-    """Give an existing parameter a place for gradients in flight; it stays the same object."""
+    """Give an existing parameter a place for scaled gradients; it stays the same object."""
     if not isinstance(parameter, ScaledParameter):
         plain = type(parameter)
         if plain not in _SCALED:
@@ -341,7 +341,7 @@ def adopt(parameter: chainer.Parameter) -> ScaledParameter:
         scale = vars(parameter).pop("_loss_scale", None)
         parameter.__class__ = _SCALED[plain]
         if scale is not None and (array := parameter._settled()) is not None:
-            parameter._set_grad_without_check(Held(InFlight(array), scale).true())
+            parameter._set_grad_without_check(Held(ScaledGradient(array), scale).true())
     return parameter
 
 

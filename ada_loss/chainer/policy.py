@@ -9,7 +9,7 @@ from ada_loss.arrays.library import deferred_amax, summarize
 from ada_loss.arrays.measuring import WeightStatistics, measure
 from ada_loss.chainer import backward_state
 from ada_loss.chainer.fan_outs import FanOut
-from ada_loss.chainer.gradient import InFlight, Meeting, largest_magnitudes
+from ada_loss.chainer.gradient import Accumulation, ScaledGradient, amaxes_of
 from ada_loss.chainer.parts import Parts
 from ada_loss.chainer.tagging import Point
 from ada_loss.core.alignment import HEADROOM
@@ -75,15 +75,15 @@ class ChainerPolicy(ShiftPolicy):
             return self.entry.exponent
         return part.config.init_exponent - self.entry.backoff if part and part.has_scale else None
 
-    def meeting(self) -> Meeting:
+    def accumulation(self) -> Accumulation:
         """What is known of gradients that meet in a backward pass, as all do in the same order in every
         step."""
         self.note_pass(backward_state.number())
         place = super().next_call(ACCUMULATION)
         headroom = HEADROOM + self.entry.backoff
         if not self.config.delayed and self.config.update_per_n_iteration == 1:
-            return Meeting(largest_magnitudes, headroom)
-        return Meeting(lambda gradients: self._known_amaxes(gradients, place), headroom)
+            return Accumulation(amaxes_of, headroom)
+        return Accumulation(lambda gradients: self._known_amaxes(gradients, place), headroom)
 
     def begin_step(self) -> None:
         super().begin_step()
@@ -96,7 +96,7 @@ class ChainerPolicy(ShiftPolicy):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_weights": WeightStatistics()}
 
-    def _known_amaxes(self, gradients: Sequence[InFlight], place: int) -> list[float]:
+    def _known_amaxes(self, gradients: Sequence[ScaledGradient], place: int) -> list[float]:
         return self.amaxes(
             [gradient.exponent for gradient in gradients],
             lambda: [deferred_amax(gradient.array) for gradient in gradients],

@@ -221,7 +221,7 @@ def _shifts_to_the_true(result: _Result, gys: tuple[Any, ...]) -> dict[int, floa
 
     They stay scaled by one power of two, since passes inside would scale true ones as they begin.
     """
-    levels = [floor_log2(peak) for peak in (_peak(gys), _peak(result.gxs)) if peak]
+    levels = [floor_log2(amax) for amax in (_amax(gys), _amax(result.gxs)) if amax]
     smallest, room = min(levels), floor_log2(FLOAT16.max) - 1 - max(levels)
     if result.exponent < 0:
         up = min(-result.exponent - 1, room)
@@ -267,16 +267,16 @@ def _is_close(a: Any, b: Any, noise: float) -> bool:
 
 def _is_held(gx: Any) -> bool:
     """Whether a true gradient is finite, and not so small that float16 has lost it."""
-    peak = amax_of(gx)
-    return math.isfinite(peak) and (gx.dtype != np.float16 or peak >= _HELD)
+    amax = amax_of(gx)
+    return math.isfinite(amax) and (gx.dtype != np.float16 or amax >= _HELD)
 
 
 def _ready_to_round(gys: tuple[Any, ...], exponent: int, headroom: int) -> tuple[tuple[Any, ...], int]:
     """Gradients so large that what is computed from them can be rounded to float16."""
-    peak = _peak(gys)
-    if not math.isfinite(peak):
+    amax = _amax(gys)
+    if not math.isfinite(amax):
         return gys, exponent
-    shift = floor_log2(FLOAT16.max / peak) - headroom
+    shift = floor_log2(FLOAT16.max / amax) - headroom
     return _shifted(gys, shift), exponent + shift
 
 
@@ -314,7 +314,7 @@ def _shifted(arrays: tuple[Any, ...], shift: int) -> tuple[Any, ...]:
     return tuple(None if array is None else shifted(array, shift) for array in arrays)
 
 
-def _peak(arrays: tuple[Any, ...]) -> float:
+def _amax(arrays: tuple[Any, ...]) -> float:
     return max(map(amax_of, _present(arrays)), default=0.0)
 
 

@@ -23,7 +23,7 @@ from chainer.variable import VariableNode
 
 from ada_loss.chainer import backward_state, observing
 from ada_loss.chainer.backward import BackwardPass, Inputs
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from ada_loss.chainer.ownership import upstream
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.products import is_decision
@@ -116,11 +116,11 @@ class Watch:
             see = partial(self._see, loss_scale=loss_scale)
             _PlainPass(see).over(outputs, loss_scale)
 
-    def look(self, function: Any, exponent: int, found: Iterable[tuple[Any, InFlight]]) -> None:
+    def look(self, function: Any, exponent: int, found: Iterable[tuple[Any, ScaledGradient]]) -> None:
         self._see(function, exponent, found, loss_scale=backward_state.loss_scale())
 
     def _see(
-        self, function: Any, exponent: int, found: Iterable[tuple[Any, InFlight]], *, loss_scale: float
+        self, function: Any, exponent: int, found: Iterable[tuple[Any, ScaledGradient]], *, loss_scale: float
     ) -> None:
         path = getattr(function, "ada_loss_place", None)
         if path is None or backward_state.changes().kept:
@@ -175,14 +175,14 @@ class _PlainPass(BackwardPass):
         hooks.clear()
         try:
             with backward_state.noted(loss_scale):
-                self.run((y, None if gy is None else InFlight(gy.array, 0)) for y, gy in outputs)
+                self.run((y, None if gy is None else ScaledGradient(gy.array, 0)) for y, gy in outputs)
         finally:
             hooks.update(around)
 
     def _show(self, function: Any, gys: tuple[Any, ...], exponent: int, found: Inputs) -> None:
         self._shown(function, exponent, found)
 
-    def _present(self, leaf: VariableNode) -> list[InFlight]:
+    def _present(self, leaf: VariableNode) -> list[ScaledGradient]:
         return []
 
 

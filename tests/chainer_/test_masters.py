@@ -14,7 +14,7 @@ from chainer import optimizers
 
 from ada_loss.chainer import AdaLossScaled
 from ada_loss.chainer import masters as on_masters
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from ada_loss.chainer.masters import true_gradients_on_masters
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, twice, values
@@ -28,7 +28,7 @@ def rng():
 class TestTrueGradientsOnMasters:
     def test_a_float16_parameter_is_its_float32_master(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 30), 1.0)
         with true_gradients_on_masters([held]):
             assert held.dtype == held.array.dtype == held.grad.dtype == np.float32
             assert held.grad.tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
@@ -46,14 +46,14 @@ class TestTrueGradientsOnMasters:
     def test_float32_and_float64_parameters_stay_what_they_are(self):
         for kind in ("float32", "float64"):
             held = a_parameter(kind)
-            held.receive(InFlight(np.ones(3, kind), 2), 1.0)
+            held.receive(ScaledGradient(np.ones(3, kind), 2), 1.0)
             with true_gradients_on_masters([held]):
                 assert held.array.dtype == held.grad.dtype == kind
             assert held.master is None
 
     def test_a_gradient_that_was_read_before_is_not_modified(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 1), 1.0)
         read = held.grad
         with true_gradients_on_masters([held]):
             held.grad *= 2
@@ -64,7 +64,7 @@ class TestTrueGradientsOnMasters:
         held, seen = a_parameter(), []
         held.update_rule = chainer.optimizers.SGD().create_update_rule()
         held.update_rule.add_hook(lambda rule, p: seen.append(weakref.ref(p.grad)), "look")
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 30), 1.0)
         with true_gradients_on_masters([held]):
             held.update()
             assert seen[0]() is None
@@ -75,7 +75,7 @@ class TestTrueGradientsOnMasters:
         held = a_parameter()
         held.update_rule = chainer.optimizers.SGD().create_update_rule()
         held.update_rule.add_hook(chainer.optimizer_hooks.WeightDecay(1.0))
-        held.receive(InFlight(np.float16([1, 2, 3]), 1), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 1), 1.0)
         with true_gradients_on_masters([held], keep=() if looked_at else {id(held)}):
             if looked_at:
                 held.grad *= 2
@@ -85,7 +85,7 @@ class TestTrueGradientsOnMasters:
 
     def test_gradients_are_in_flight_again_afterwards(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 30), 1.0)
         with true_gradients_on_masters([held]):
             held.grad[...] = 0
         assert held.true_gradient().tolist() == [2.0**-30, 2.0**-29, 3 * 2.0**-30]
@@ -94,7 +94,7 @@ class TestTrueGradientsOnMasters:
     def test_too_little_memory_for_a_master_leaves_everything_as_it_was(self, monkeypatch):
         held = [a_parameter() for _ in range(4)]
         for parameter in held:
-            parameter.receive(InFlight(np.float16([1, 2, 3]), 30), 1.0)
+            parameter.receive(ScaledGradient(np.float16([1, 2, 3]), 30), 1.0)
         arrays, reconciled = [parameter.array for parameter in held], on_masters._reconciled
 
         def short_of_memory(master, half):
@@ -117,7 +117,7 @@ class TestTrueGradientsOnMasters:
     def test_memory_that_is_short_at_the_end_of_an_update_leaves_the_others_updated(self, short, monkeypatch):
         held = [a_parameter() for _ in range(3)]
         for parameter in held:
-            parameter.receive(InFlight(np.float16([1, 2, 3]), 0), 1.0)
+            parameter.receive(ScaledGradient(np.float16([1, 2, 3]), 0), 1.0)
         arrays, cast = [parameter.array for parameter in held], on_masters.cast
 
         def short_of_memory(array, dtype):

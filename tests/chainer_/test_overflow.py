@@ -12,7 +12,7 @@ from chainer import optimizers
 
 from ada_loss.arrays.library import all_finite
 from ada_loss.chainer import AdaLossScaled, Diverged
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from helpers import assert_same_bits, dtype
 from toy import a_parameter, backward, batch, compare, masters, prepared, training, values
 
@@ -136,7 +136,7 @@ class TestOverflow:
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_what_a_parameter_holds_is_finite_exactly_if_the_true_gradient_is(kind, value, exponent, scale):
     held = a_parameter(kind)
-    held.receive(InFlight(np.array([0, value, 1], kind), exponent), scale)
+    held.receive(ScaledGradient(np.array([0, value, 1], kind), exponent), scale)
     with np.errstate(over="ignore", invalid="ignore"):
         assert all_finite(held.arrays()) == np.isfinite(held.true_gradient()).all()
 

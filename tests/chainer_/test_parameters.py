@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossScaled
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from ada_loss.chainer.parameters import ScaledParameter, adopt
 from helpers import assert_same_bits, dtype
 from toy import SIZE, Net, a_parameter, batch, masters, prepared, training, values
@@ -51,14 +51,14 @@ class TestAccumulation:
 
     def test_a_loss_scale_that_is_no_power_of_two_is_divided_out_in_float32(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([3000.0, 6.0, 2.0**-20]), 10), 1000.0)
+        held.receive(ScaledGradient(np.float16([3000.0, 6.0, 2.0**-20]), 10), 1000.0)
         expected = np.float32([3000.0, 6.0, 2.0**-20]) / np.float32(1024 * 1000)
         np.testing.assert_allclose(held.grad, expected, rtol=1e-6)
 
     def test_of_gradients_below_the_range_of_float16(self):
         held = a_parameter()
         for exponent in (30, 40, 35):
-            held.receive(InFlight(np.float16([1.0, 2.0, 3.0]), exponent), 1.0)
+            held.receive(ScaledGradient(np.float16([1.0, 2.0, 3.0]), exponent), 1.0)
         expected = np.float32([1, 2, 3]) * np.float32(2.0**-30 + 2.0**-40 + 2.0**-35)
         np.testing.assert_allclose(held.grad, expected, rtol=2e-3)
 
@@ -67,7 +67,7 @@ class TestAccumulation:
         passes = [(rng.standard_normal(3).astype(np.float16), int(e)) for e in rng.integers(-3, 9, 300)]
         total = np.zeros(3, np.float32)
         for array, exponent in passes:
-            held.receive(InFlight(array, exponent), 2.0**4)
+            held.receive(ScaledGradient(array, exponent), 2.0**4)
             total = total + np.ldexp(array.astype(np.float32), -exponent - 4)
         np.testing.assert_array_equal(held.grad, total)
 
@@ -90,22 +90,22 @@ class TestAccumulation:
         held, total = a_parameter("float32"), np.zeros(3)
         for _ in range(30):
             array, scale = rng.standard_normal(3).astype(np.float32), rng.uniform(1, 1000)
-            held.receive(InFlight(array, 3), scale)
+            held.receive(ScaledGradient(array, 3), scale)
             total += array / (8 * scale)
             assert len(held.arrays()) == 1
         np.testing.assert_allclose(held.grad, total, rtol=1e-4, atol=1e-7)
 
     def test_modifies_no_array_that_came_in(self):
         held, first, second = a_parameter(), np.float16([1, 2, 3]), np.float16([4, 5, 6])
-        held.receive(InFlight(first, 3), 1.0)
-        held.receive(InFlight(second, 3), 1.0)
+        held.receive(ScaledGradient(first, 3), 1.0)
+        held.receive(ScaledGradient(second, 3), 1.0)
         held.grad *= 2
         assert first.tolist() == [1, 2, 3] and second.tolist() == [4, 5, 6]
 
     def test_holds_one_array_for_each_kind_of_scale_however_many_passes(self):
         held = a_parameter()
         for step in range(50):
-            held.receive(InFlight(np.float16([1, 2, 3]), step % 7), 2.0 ** (step % 5))
+            held.receive(ScaledGradient(np.float16([1, 2, 3]), step % 7), 2.0 ** (step % 5))
         assert len(held.arrays()) == 1
 
     @pytest.mark.filterwarnings("ignore:.*zerograd.* is deprecated")
@@ -221,7 +221,7 @@ class TestReadingAndWriting:
 
     def test_a_gradient_of_another_shape_may_not(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 3), 1.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 3), 1.0)
         with pytest.raises(ValueError, match="shape"):
             held.grad = np.zeros(4, np.float32)
         with pytest.raises((TypeError, ValueError)):
@@ -229,7 +229,7 @@ class TestReadingAndWriting:
 
     def test_grad_var_reads_as_the_true_gradient_too(self):
         held = a_parameter()
-        held.receive(InFlight(np.float16([1, 2, 3]), 30), 2.0)
+        held.receive(ScaledGradient(np.float16([1, 2, 3]), 30), 2.0)
         np.testing.assert_array_equal(held.grad_var.array, np.float32([1, 2, 3]) * np.float32(2.0**-31))
 
     def test_parameters_never_share_the_array_that_they_show(self):

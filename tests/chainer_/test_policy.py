@@ -12,7 +12,7 @@ import pytest
 
 from ada_loss.arrays.on_numpy import NumPy
 from ada_loss.chainer import AdaLossScaled, backward_state
-from ada_loss.chainer.gradient import InFlight
+from ada_loss.chainer.gradient import ScaledGradient
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.core import policy
 from ada_loss.core.config import METHODS, TIMINGS, AdaLossConfig
@@ -152,14 +152,14 @@ def last_shifts(model, x, factors):
     return shifts
 
 
-def last_peaks(settings, magnitudes):
+def last_amaxes(settings, magnitudes):
     """What is taken for the sizes of two gradients that meet in the last of some steps."""
     chosen = ChainerPolicy(AdaLossConfig(**settings))
     for magnitude in magnitudes:
-        gradients = [InFlight(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
-        peaks = chosen.meeting().peaks(gradients)
+        gradients = [ScaledGradient(np.full(4, magnitude, np.float16), exponent) for exponent in (0, 2)]
+        amaxes = chosen.accumulation().amaxes(gradients)
         chosen.end_step(finite=True)
-    return peaks
+    return amaxes
 
 
 BETWEEN = pytest.mark.parametrize("settings", [{"timing": "delayed"}, {"update_per_n_iteration": 2}])
@@ -185,12 +185,12 @@ def test_what_was_zero_when_it_was_measured_is_measured_again(settings, later, x
 
 @AFTERWARDS
 def test_sizes_of_gradients_that_were_zero_when_they_met_are_looked_at_again(settings, later):
-    assert last_peaks(settings, (0.0, *[5.0] * later)) == [5.0, 5.0]
+    assert last_amaxes(settings, (0.0, *[5.0] * later)) == [5.0, 5.0]
 
 
 @BETWEEN
 def test_sizes_of_gradients_that_meet_are_remembered_over_a_step_without_any(settings):
-    assert last_peaks(settings, (3.0, 3.0, 0.0, 5.0)) == [3.0, 3.0]
+    assert last_amaxes(settings, (3.0, 3.0, 0.0, 5.0)) == [3.0, 3.0]
 
 
 def test_between_measurements_a_shift_follows_the_exponent_that_arrives(x):
@@ -225,7 +225,7 @@ def test_gradients_that_meet_are_not_looked_at_where_nothing_is_to_be_decided(se
     model.ada_loss.policy.iteration = 1
     for name in ("gradient", "policy", "backward", "parameter_gradients"):
         module = sys.modules[f"ada_loss.chainer.{name}"]
-        for look in ("amax_of", "largest_magnitudes", "all_finite"):
+        for look in ("amax_of", "amaxes_of", "all_finite"):
             if hasattr(module, look):
                 monkeypatch.setattr(module, look, lambda *_: pytest.fail("it looked"))
     for _ in range(2):

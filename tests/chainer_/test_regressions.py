@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ada_loss.chainer import AdaLossScaled, prepare
-from ada_loss.chainer.gradient import InFlight, add
+from ada_loss.chainer.gradient import ScaledGradient, add
 from ada_loss.chainer.tagging import LinkPaths
 from ada_loss.core.config import TIMINGS, AdaLossConfig
 from ada_loss.core.decision import Site
@@ -59,14 +59,14 @@ def test_an_overflow_lowers_the_scale_with_which_gradients_entered_another_optim
 
 def test_a_small_branch_survives_next_to_a_large_one():
     large, small = np.float16([60000, 2.0**-6]), np.float16([1, 0])
-    total = add([InFlight(large, 20), InFlight(small, 0)])
+    total = add([ScaledGradient(large, 20), ScaledGradient(small, 0)])
     np.testing.assert_allclose(
         np.ldexp(total.array.astype(np.float64), -total.exponent), [1 + 60000 * 2.0**-20, 2.0**-26], rtol=1e-3
     )
 
 
 def test_exponents_of_any_distance_can_be_added():
-    total = add([InFlight(np.float16([1]), 1100), InFlight(np.float16([1]), 0)])
+    total = add([ScaledGradient(np.float16([1]), 1100), ScaledGradient(np.float16([1]), 0)])
     assert total.array.item() == 2.0**total.exponent > 1
 
 

@@ -56,8 +56,8 @@ def assert_rounded_once(
         return
     spacing = 0.0
     if actual.dtype == np.float16:
-        peak = np.maximum(np.abs(actual), np.abs(exact).astype(np.float16))
-        spacing = np.spacing(peak).astype(np.float64)
+        amax = np.maximum(np.abs(actual), np.abs(exact).astype(np.float16))
+        spacing = np.spacing(amax).astype(np.float64)
     unit = 2 * FLOAT64_UNIT if actual.dtype == np.float64 else FLOAT32_UNIT
     bound = spacing / 2 + 1.01 * (operations + 1) * unit * magnitude
     error = np.abs(actual.astype(np.float64) - exact)
