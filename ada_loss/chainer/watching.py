@@ -1,9 +1,9 @@
 """Watching a model in Chainer: what every layer's gradients and results are like on sampled steps.
 
-Plain and scaled models are recorded alike. A plain model's gradients are computed once more on this package's
-engine, without scales, and once with scales of their own: the latter stand for float32, as nothing underflows
-in them. Both are extra passes over the same graph, which touch no parameter. The gradients of a scaled model
-are looked at as they are computed.
+Plain and scaled models are recorded alike. The gradients of a scaled model are looked at as they are
+computed; those of a plain one are computed once more on this package's engine, without scales. Unless the
+method is `auto`, they are also computed by `auto`: those stand for float32, as nothing underflows in them.
+Such passes go over the same graph and touch no parameter.
 """
 
 from __future__ import annotations
@@ -218,9 +218,9 @@ def _scaled(functions: list[Any]) -> Iterator[None]:
 
 
 def _scales(function: Any) -> bool:
-    """Whether a function's gradients have scales of their own, so that hardly any of them underflows."""
+    """Whether a function's gradients have scales without bounds, so that hardly any of them underflows."""
     tag = tag_of(function)
-    return tag is not None and tag.scope.policy.config.rule.measures
+    return tag is not None and tag.scope.policy.config.rule.scales_sums
 
 
 def _communicates(function: Any) -> bool:

@@ -60,10 +60,11 @@ class PlaceSummary:
 
     truth: true values of all finite sampled steps, those of float32 where the run holds them. own: the same
     of the run. lost: the share of the elements that float32 has non-zero and this run had not; None if that
-    was not measured. lowest_exponent, highest_exponent: carried at least and at most. steps: how many were
-    sampled. nonfinite: in how many of them something was not finite. broke: the first step in which that was
-    so, or a result was too large for the format. began: how many overflows began here. window: the scales
-    that suit.
+    was not measured. faint: the share of this run's own elements that is below the format's smallest number
+    at the scales that they were carried with. lowest_exponent, highest_exponent: carried at least and at
+    most. steps: how many were sampled. nonfinite: in how many of them something was not finite. broke: the
+    first step in which that was so, or a result was too large for the format. began: how many overflows began
+    here. window: the scales that suit.
     """
 
     place: Place
@@ -73,6 +74,7 @@ class PlaceSummary:
     lowest_exponent: int
     highest_exponent: int
     steps: int
+    faint: float
     nonfinite: int
     broke: int | None
     began: int
@@ -91,9 +93,7 @@ class PlaceSummary:
         if not self.truth.nonzero and not self.nonfinite:
             return Verdict(Word.NEVER_TRAINED, self.steps)
         lost = self.lost
-        if lost is None:
-            lost = self.own.underflow(self.lowest_exponent, self.number_format)
-        return self._underflow(lost)
+        return self._underflow(self.faint if lost is None else lost)
 
     def at(self, exponent: int) -> Verdict:
         """What would become of this place at the scale 2**exponent, the values in it being the true ones.
@@ -137,6 +137,7 @@ def _summarize(
     measured = [record for record in finite if record.lost is not None and record.reference is not None]
     known = sum(record.reference.nonzero for record in measured if record.reference is not None)
     gone = sum(record.lost or 0 for record in measured)
+    carried = merge([record.histogram.scaled(record.exponent) for record in finite])
     exponents = [record.exponent for record in records]
     # Where it overflowed first, that scale is too large, though nothing is known of the values.
     too_large = [record.exponent for record in records if record.step in began and not record.finite]
@@ -151,6 +152,7 @@ def _summarize(
         min(exponents),
         max(exponents),
         len(records),
+        carried.underflow(0, number_format),
         len(records) - len(finite),
         next((record.step for record in records if _breaks(record, number_format)), None),
         len(began),

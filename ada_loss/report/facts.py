@@ -127,7 +127,7 @@ class RunFacts:
         measured = [place.lost for place in places if place.lost is not None]
         if measured or not self.adaptive:
             return max(measured, default=None)
-        return max(place.own.underflow(place.lowest_exponent, place.number_format) for place in places)
+        return max(place.faint for place in places)
 
     @property
     def adaptive(self) -> bool:

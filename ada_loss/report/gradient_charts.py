@@ -20,7 +20,7 @@ from ada_loss.report.theme import var
 MOST_PANELS = 12
 """How many gradients are drawn one by one."""
 
-WIDTH_OF_BOTH = 1010
+WIDTH_OF_BOTH = 860
 """In pixels, of the two heat maps before and after scaling."""
 
 MAIN_SHARE = 5e-3

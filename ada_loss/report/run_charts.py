@@ -49,7 +49,9 @@ def _line_chart(runs: Sequence[RunFacts], title: str, value: Callable[..., float
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
         .encode(
             x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False)),
-            y=alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(grid=True, tickCount=5, format="~g")),
+            y=alt.Y(
+                "value:Q", title=title, scale=scale, axis=alt.Axis(grid=True, tickCount=5, format=".4~g")
+            ),
             color=alt.Color("run:N", title=None, scale=run_colours(names), legend=_legend()),
             strokeDash=alt.StrokeDash("run:N", title=None, scale=run_dashes(names), legend=_legend()),
             opacity=alt.condition(pick, alt.value(1), alt.value(0.12)),

@@ -14,6 +14,7 @@ import numpy as np
 from ada_loss.chainer import kernels
 from ada_loss.chainer.kernels.providers import provider
 from ada_loss.report.facts import load
+from ada_loss.report.table import wrapped
 from arguments import Settings, parse_settings
 from cautions import cautions
 from errors import DIVERGED, InputError, caution, ends_cleanly
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.rank == 0:
         print(result["message"] or "", end="\n" if result["message"] else "")
         if records_gradients(settings):
-            print(*load([settings.out])[0].summary(), sep="\n")
+            print(*map(wrapped, load([settings.out])[0].summary()), sep="\n")
         print(summary(result, settings.out))
     return DIVERGED if result["outcome"] == "diverged" else 0
 

@@ -281,3 +281,15 @@ def test_a_training_that_fails_says_so(rng, tmp_path):
     with pytest.raises(KeyboardInterrupt), record(optimizer, tmp_path):
         raise KeyboardInterrupt
     assert read(tmp_path).end.outcome == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("method", ["approx_range", "abs_range"])
+def test_what_a_bounded_method_lost_is_measured(rng, tmp_path, method):
+    """At loss * 2^-40 the paper's bounds do not let gradients become large enough."""
+    model, optimizer = new(method)
+    with record(optimizer, tmp_path) as recording:
+        train(model, optimizer, batches(rng, 1), factor=2.0**-40, recording=recording)
+    run = read(tmp_path)
+    assert run.header.adaptive
+    lost = [record.lost for record in run.places if record.place.kind != ACTIVATION]
+    assert None not in lost and sum(lost) > 1000

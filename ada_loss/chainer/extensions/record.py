@@ -105,7 +105,8 @@ class Record(extension.Extension):
         found = {}
         for name, value in observed.items():
             evaluated = name.startswith("validation/") or name in self._metric_names
-            if evaluated or sampling and name.startswith("main/") and name != self._loss:
+            # The loss may have parts, which would only take room.
+            if evaluated or sampling and name.startswith("main/") and not name.startswith(self._loss):
                 try:
                     found[name] = number(value)
                 except (TypeError, ValueError):
