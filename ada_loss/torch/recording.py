@@ -30,7 +30,7 @@ class Recording:
     def __init__(self, model: torch.nn.Module, scaler: Any, recorder: RunRecorder) -> None:
         self._scaler = scaler
         self._recorder = recorder
-        self._watch = Watch(model, recorder, scale=self._scale, truth=not _adaptive(scaler))
+        self._watch = Watch(model, recorder, scale=self._scale, truth=not _is_true(scaler))
         self._before = self._state()
         self._watch.begin()
 
@@ -148,6 +148,11 @@ def _adaptive(scaler: Any) -> bool:
     """Whether gradients have scales of their own."""
     ours = isinstance(scaler, GradScaler) and scaler.is_enabled()
     return ours and scaler._config.rule.measures
+
+
+def _is_true(scaler: Any) -> bool:
+    """Whether hardly any gradient underflows, as with scales of their own that have no bounds."""
+    return _adaptive(scaler) and scaler._config.rule.scales_sums
 
 
 def _method(scaler: Any) -> str:
