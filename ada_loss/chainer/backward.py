@@ -48,6 +48,10 @@ from ada_loss.chainer.user_functions import is_users, users_gradients
 
 Inputs = list[tuple[VariableNode, ScaledGradient]]
 
+VANISHED = (
+    "The gradient of an input underflows: float16 holds nothing but zeros of it in `.grad`. chainer.grad gives "
+    "it in float32."
+)
 UNSCALED = (
     "Gradients that are to be differentiated again (enable_double_backprop) are not scaled: float16 loses "
     "small ones. Compute that part of the model in float32."
@@ -206,6 +210,8 @@ def _give(leaf: chainer.Variable, gradient: ScaledGradient) -> None:
     # Passes inside this one may have reached the leaf as well.
     total = add([gradient, *_take_present(leaf.node)])
     array = _at_exponent_around(total).array
+    if isinstance(array, np.ndarray) and array is not total.array and total.array.any() and not array.any():
+        warnings.warn(VANISHED, stacklevel=5)
     leaf._set_grad_var_without_check(chainer.Variable(array))
     backward_state.changes().give(leaf, before, array)
 

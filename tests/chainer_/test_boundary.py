@@ -124,6 +124,17 @@ class TestBoundary:
         assert x.grad.dtype == np.float16
         assert signal_to_noise(x.grad, z.grad) > 50
 
+    def test_a_float16_input_whose_gradient_vanishes_is_told_of(self, rng):
+        with dtype("float16"):
+            scaled = wrapped_copy(Graph(lambda m, x: m.b(F.tanh(m.a(x)))))
+        x = chainer.Variable(draw(rng).astype(np.float16))
+        loss = weighted_sum(scaled(x)) * np.float32(2.0**-30)
+        with pytest.warns(UserWarning, match="gradient of an input underflows.*chainer.grad"):
+            loss.backward()
+        assert not x.grad.any()
+        (gx,) = chainer.grad([loss], [x])
+        assert gx.array.all()
+
     def test_scales_save_gradients_that_underflow_without(self, rng):
         with dtype("mixed16"):
             link = Graph(lambda m, x: m.c(F.tanh(m.b(F.tanh(m.a(x))))))
