@@ -49,8 +49,8 @@ from ada_loss.chainer.user_functions import is_users, users_gradients
 Inputs = list[tuple[VariableNode, ScaledGradient]]
 
 VANISHED = (
-    "The gradient of an input underflows: float16 holds nothing but zeros of it in `.grad`. chainer.grad gives "
-    "it in float32."
+    "The gradient of an input underflows: float16 holds nothing but zeros of it in `.grad`. chainer.grad "
+    "gives it in float32."
 )
 UNSCALED = (
     "Gradients that are to be differentiated again (enable_double_backprop) are not scaled: float16 loses "
