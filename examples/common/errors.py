@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -12,6 +13,8 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+# What the system says where a disk, or a user's share of it, is full.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # How launchers (MPICH and its relatives, Open MPI, MVAPICH) tell a process its rank.
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -24,8 +27,22 @@ class SharedInputError(InputError):
     """An error that all ranks have, such as one on the command line: rank 0 says it for all."""
 
 
+def as_input_error(error: BaseException) -> InputError | None:
+    """The error as one that the user can do something about: so are those of the system that name a file, or
+    say that there is no room left. None if it is of another kind."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
+        what = "A file" if error.filename is None else error.filename
+        return InputError(
+            f"{what} can't be read or written ({reason(error)}): mend that, or name another one."
+        )
+    return None
+
+
 def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
-    """Turn an `InputError` out of a script's main function into its sentence on stderr and status 2."""
+    """Turn an `InputError`, or what `as_input_error` makes one, out of a script's main function into its
+    sentence on stderr and status 2."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -34,7 +51,10 @@ def ends_cleanly(main: Callable[P, int]) -> Callable[P, int]:
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
-        except InputError as error:
+        except (InputError, OSError) as caught:
+            error = as_input_error(caught)
+            if error is None:
+                raise
             if launched_rank() == 0 or not isinstance(error, SharedInputError):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return BAD_INPUT

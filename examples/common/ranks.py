@@ -15,7 +15,14 @@ from typing import Any, NoReturn, TypeVar
 import chainer
 from chainer.backends import cuda
 
-from errors import BAD_INPUT, INTERRUPTED, InputError, SharedInputError, say_interrupted
+from errors import (
+    BAD_INPUT,
+    INTERRUPTED,
+    InputError,
+    SharedInputError,
+    as_input_error,
+    say_interrupted,
+)
 
 T = TypeVar("T")
 
@@ -131,7 +138,10 @@ class Together(Alone):
         result, message = None, None
         try:
             result = step()
-        except InputError as error:
+        except (InputError, OSError) as caught:
+            error = as_input_error(caught)
+            if error is None:
+                raise
             message = str(error)
         for rank, failure in enumerate(self.all_gather(message)):
             if failure is not None:
@@ -171,8 +181,8 @@ class Together(Alone):
     def _fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, KeyboardInterrupt):
             raise error
-        bad_input = isinstance(error, InputError)
-        text = f"error: {error}" if bad_input else "".join(traceback.format_exception(error))
+        bad_input = as_input_error(error)
+        text = f"error: {bad_input}" if bad_input else "".join(traceback.format_exception(error))
         print(f"rank {self.rank} of {self.size} failed, ending all: {text}", file=sys.stderr, flush=True)
         # The others may wait in a collective call for ever.
         self._comm.mpi_comm.Abort(BAD_INPUT if bad_input else 1)

@@ -11,6 +11,7 @@ import evaluate
 import predict
 from arguments import parse_settings
 from cautions import cautions
+from errors import as_input_error
 from options import FORMER, training_parser
 
 
@@ -180,3 +181,40 @@ def test_other_scripts_speak_of_the_option_as_well(script, capsys):
         script.main(["model.npz", "image.jpg", "--top-k", "many"][: 4 if script is predict else None])
     assert end.value.code == 2
     assert "argument --top-k: 'many' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize("option", ["--dataset-dir", "--out", "--pretrained", "--resume"])
+@pytest.mark.parametrize("place", [LONG, f"/dev/null/{LONG}", "/proc/nothing/here"])
+def test_places_that_the_system_refuses_are_one_sentence(digits, tmp_path, capsys, option, place):
+    assert status_of(digits, tmp_path / "run", option, place) == 2
+    assert_one_sentence(capsys, place)
+
+
+def test_a_model_folder_that_the_system_refuses_is_one_sentence(devkit, tmp_path, capsys):
+    arguments = ("--model", "ssd300", "--model-dir", LONG, "--dataset-dir", devkit)
+    assert status_of(devkit, tmp_path / "run", *arguments) == 2
+    assert_one_sentence(capsys, LONG)
+
+
+def test_a_full_disk_is_one_sentence(digits, tmp_path, capsys, monkeypatch):
+    def full(file) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("files.flush_to_disk", full)
+    assert train(digits, tmp_path / "run", "--iteration", 1, "--dtype", "float32") == 2
+    assert_one_sentence(capsys, "A file can't be read or written (No space left on device)")
+
+
+def test_other_errors_of_the_system_are_not_hidden():
+    assert as_input_error(OSError(5, "Input/output error")) is None
+    assert as_input_error(ValueError("a mistake")) is None
+    assert str(as_input_error(OSError(13, "Permission denied", "a.txt"))).startswith("a.txt can't be read or")
+
+
+@pytest.mark.parametrize("script", [evaluate, predict])
+def test_other_scripts_refuse_such_places_as_well(script, capsys, tmp_path):
+    assert script.main([LONG, LONG][: 2 if script is predict else 1]) == 2
+    assert_one_sentence(capsys, LONG)
