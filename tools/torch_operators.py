@@ -64,12 +64,13 @@ class Finding:
 
     samples: how many inputs were tried. worst: by how many dB the worst fell short of what it had to reach;
     not positive where none did. used: operators of backward that met scaled tensors, and how each was dealt
-    with.
+    with. refused: whether a sentence said that an input cannot be dealt with.
     """
 
     name: str
     samples: int = 0
     worst: float = -math.inf
+    refused: bool = False
     used: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -149,10 +150,16 @@ def examine(name: str, calls: Iterator[Call]) -> Finding:
             continue
         if reference is None or any(gradients is None for gradients in fixed):
             continue
-        with _recorded(finding.used):
-            ours = _gradients(call, torch.float16, SMALL, scaled=True)
-        needed = min(max(_signal_to_noise(gradients, reference) for gradients in fixed) - 1, ENOUGH)
         finding.samples += 1
+        try:
+            with _recorded(finding.used):
+                ours = _gradients(call, torch.float16, SMALL, scaled=True)
+        except RuntimeError as error:
+            if "cannot be scaled" not in str(error):
+                raise
+            finding.refused, finding.worst = True, math.inf
+            continue
+        needed = min(max(_signal_to_noise(gradients, reference) for gradients in fixed) - 1, ENOUGH)
         finding.worst = max(finding.worst, needed - _signal_to_noise(ours, reference))
     return finding
 
@@ -231,7 +238,7 @@ def document(findings: dict[str, list[Finding]]) -> str:
     ]
     for title, entries in findings.items():
         tried = [entry for entry in entries if entry.samples]
-        bad = ", ".join(f"`{entry.name}`" for entry in tried if not entry.good) or "none"
+        bad = ", ".join(map(_named, (entry for entry in tried if not entry.good))) or "none"
         good = sum(entry.good for entry in tried)
         lines.append(f"| {title} | {len(tried)} | {good} | {bad} |")
     uses, kinds = _uses(findings)
@@ -242,6 +249,10 @@ def document(findings: dict[str, list[Finding]]) -> str:
     ]
     lines += [f"| `{name}` | {kinds[name]} | {uses[name]} |" for name in sorted(kinds)]
     return "\n".join(lines) + "\n"
+
+
+def _named(finding: Finding) -> str:
+    return f"`{finding.name}`" + " (refused, in a sentence)" * finding.refused
 
 
 def _uses(findings: dict[str, list[Finding]]) -> tuple[Counter[str], dict[str, str]]:

@@ -69,14 +69,17 @@ class Masters:
         _move_state(optimizer, parameter, master)
         loaded = self._loaded.pop(place, {})
         state = optimizer.state.get(master, {})
+        # Some optimizers make their state before the first step.
+        is_new = "step" in state and not state["step"]
         for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float16:
-                if name not in loaded:
-                    raise RuntimeError(
-                        f"The optimizer's {name!r} of a float16 parameter was rounded to float16 when it was "
-                        "loaded: load the GradScaler's state_dict of the same checkpoint as well."
-                    )
-                state[name] = loaded[name].to(value.device)
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.float16:
+                continue
+            if name not in loaded and not is_new:
+                raise RuntimeError(
+                    f"The optimizer's {name!r} of a float16 parameter was rounded to float16 when it was "
+                    "loaded: load the GradScaler's state_dict of the same checkpoint as well."
+                )
+            state[name] = loaded[name].to(value.device) if name in loaded else value.float()
 
     def to_state(self, optimizer: Any) -> dict[int, State]:
         """The masters, and the optimizer's state of them."""

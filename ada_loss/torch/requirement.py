@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OLDEST, NEWEST = (2, 8), (2, 13)
+OLDEST, NEWEST = (2, 8), (2, 14)
 """Versions of PyTorch, the first and the last that the tests have run with."""
 
 try:

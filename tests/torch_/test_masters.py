@@ -143,6 +143,20 @@ def test_overflow_leaves_float16_parameters_alone():
     assert scaler.skipped == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "Adagrad", "Adadelta", "RMSprop", "NAdam", "Adamax", "Rprop"]
+)
+def test_optimizers_of_pytorch_update_masters(name):
+    net, x, target = make()
+    optimizer, scaler = getattr(torch.optim, name)(net.parameters(), lr=1e-2), GradScaler("cpu")
+    before = net[0].weight.detach().clone()
+    train(net, optimizer, scaler, x, target, 2)
+    assert net[0].weight.dtype == torch.float16 and not torch.equal(before, net[0].weight)
+    states = [state for state in optimizer.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    assert all(value.dtype == torch.float32 for value in tensors if value.dim())
+
+
 def test_gradients_can_be_clipped():
     net, x, target = make()
     with ada_loss.torch.backward():
