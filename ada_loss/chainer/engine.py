@@ -5,7 +5,7 @@ The first scaled model does it. Until then Chainer is as it is.
 
 from __future__ import annotations
 
-from ada_loss.chainer import adoption, backward, grad, kernels
+from ada_loss.chainer import adoption, backward, grad, kernels, soft_float32
 
 
 def install() -> None:
@@ -13,6 +13,7 @@ def install() -> None:
     # Gradients of scaled models carry exponents; every other graph is left to Chainer's own engine.
     backward.install()
     grad.install()
+    soft_float32.install()
     adoption.install()
     # NumPy has no float16 arithmetic worth the name; float32 and float64 keep Chainer's bits.
     kernels.use_by_default("numpy")

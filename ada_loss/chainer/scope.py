@@ -18,6 +18,7 @@ from ada_loss.chainer.mixed_formats import explain
 from ada_loss.chainer.nested import map_variables
 from ada_loss.chainer.policy import ChainerPolicy
 from ada_loss.chainer.products import Product, factor_of
+from ada_loss.chainer.soft_float32 import hardened, soft
 from ada_loss.chainer.tagging import LinkPaths, Point, Recorder
 from ada_loss.core.decision import Decision
 
@@ -43,7 +44,7 @@ class Scope:
         first = chainer.config.enable_backprop and self.policy.fan_outs is None
         applied: list[tuple[Any, str]] | None = [] if first else None
         recorder = self.recorder(applied)
-        args, kwargs = map_variables(_entering, (args, kwargs), objects=False)
+        args, kwargs = map_variables(hardened, (args, kwargs), objects=False)
         results = self._computed(recorder, partial(forward, *args, **kwargs))
         if applied is not None:
             self.policy.fan_outs = find_fan_outs(applied)
@@ -109,21 +110,11 @@ class Scope:
             return result
         if not isinstance(result, chainer.Variable):
             return result.astype(self.output_dtype)
-        if result.array is None:
-            return result
-        left = chainer.functions.cast(result, self.output_dtype)
-        left.ada_loss_left = result.dtype
-        return left
+        return result if result.array is None else soft(result, self.output_dtype)
 
     def _path_of(self, link: chainer.Link) -> str | None:
         root = self.link()
         return None if root is None else self.paths.find(link, root)
-
-
-def _entering(argument: Any) -> Any:
-    """An argument as it was before it left a scaled model: the next is given what a plain one would be."""
-    before = getattr(argument, "ada_loss_left", None)
-    return argument if before is None else chainer.functions.cast(argument, before)
 
 
 def _is_lazy(results: Any) -> bool:

@@ -262,7 +262,7 @@ def test_results_are_given_to_the_next_model_as_a_plain_one_would_be(rng):
             assert y.dtype == rest[0].dtype == np.float32
             second(y, rest=rest)
             second(F.sin(y))
-    assert seen == [[np.float16, np.float16], [np.float32]] * 2
+    assert seen == [[np.float16, np.float16], [np.float16]] * 2
 
 
 def test_recurrent_encoder_and_decoder_work_as_they_are(rng):
@@ -276,3 +276,55 @@ def test_recurrent_encoder_and_decoder_work_as_they_are(rng):
     (sum(map(weighted_sum, ys)) * 2.0**-26).backward()
     for model in (encoder, decoder):
         assert all(gradient.any() for path, gradient in model.true_gradients().items() if "/w" in path)
+
+
+class TestFloat32ResultsAndFloat16:
+    """Results are float32 for a script that computes on, and float16 where they meet float16 again."""
+
+    MEETINGS = {
+        "an input": lambda y, m, x: y + x,
+        "an array": lambda y, m, x: F.hstack([y, x.array]),
+        "something computed from a result": lambda y, m, x: F.concat([F.sin(y) * 2, F.tanh(x)]),
+        "weights": lambda y, m, x: F.linear(F.relu(y), m.b.W, m.b.b),
+        "recurrent weights": lambda y, m, x: F.n_step_gru(1, 0.0, y[None, :2], *gru(m), [x[:2], x[1:2]])[0],
+    }
+
+    @pytest.mark.parametrize("meet", MEETINGS.values(), ids=MEETINGS)
+    @pytest.mark.parametrize("mode", [chainer.force_backprop_mode, chainer.no_backprop_mode])
+    def test_meet_as_in_a_plain_script(self, meet, mode, rng):
+        model, x = scaled(lambda m, x: m.a(x)), chainer.Variable(inputs(rng))
+        plain = Two(model.compute)
+        for ours, theirs in zip(plain.params(), model.params(), strict=True):
+            ours.array = theirs.array
+        with mode():
+            found, expected = meet(model(x), model, x), meet(plain(x), plain, x)
+        assert found.dtype == expected.dtype == np.float16
+        np.testing.assert_array_equal(found.array, expected.array)
+
+    def test_gradients_of_what_meets_are_scaled(self, rng):
+        model, x = scaled(lambda m, x: m.a(x)), chainer.Variable(inputs(rng))
+        model.cleargrads()
+        (weighted_sum(F.tanh(model(x) + x) * x) * 2.0**-26).backward()
+        assert model.a.W.grad.any()
+
+    STAYING = {
+        "alone": lambda y: F.sum(F.exp(y)),
+        "with numbers": lambda y: 2 * y + 1,
+        "with each other": lambda y: y * F.sigmoid(y),
+        "with labels": lambda y: F.softmax_cross_entropy(y, np.zeros(3, np.int32)),
+        "with float32": lambda y: y * np.ones((3, 4), np.float32),
+    }
+
+    @pytest.mark.parametrize("compute", STAYING.values(), ids=STAYING)
+    def test_stay_float32_otherwise(self, compute, rng):
+        assert compute(scaled(lambda m, x: m.a(x))(inputs(rng))).dtype == np.float32
+
+    def test_that_have_met_float32_are_chainers_float32(self, rng):
+        hard = scaled(lambda m, x: m.a(x))(inputs(rng)) * np.ones((3, 4), np.float32)
+        with pytest.raises(chainer.utils.type_check.InvalidType):
+            hard + chainer.Variable(inputs(rng))
+
+
+def gru(m):
+    """Weights and biases of one layer."""
+    return [[m.a.W] * 6], [[m.a.b] * 6]
