@@ -116,12 +116,11 @@ def record(
         The recording, which wants to be told of the end of every step.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or one that wraps another.
         ValueError: a number is out of range.
         OSError: the file cannot be made.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"record takes a torch.nn.Module, not {type(model).__name__}.")
+    _check(model)
     method = _method(scaler)
     header = RunHeader(
         name=name or method,
@@ -142,6 +141,18 @@ def record(
     )
     file = RecordFile(out, header, most_bytes=most_bytes, resume=step > 0)
     return Recording(model, scaler, RunRecorder(file, every=every, step=step))
+
+
+def _check(model: Any) -> None:
+    """Whether a model can be watched: its modules are called one by one, and may be called once more."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"record takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        raise TypeError(f"record takes the module inside {type(model).__name__}: pass model.module.")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "record cannot look into a compiled model: record a run of it as it was before torch.compile."
+        )
 
 
 def _adaptive(scaler: Any) -> bool:

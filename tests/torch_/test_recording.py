@@ -1,7 +1,5 @@
 """Recording tells what a training in PyTorch is like, and changes nothing of it."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -163,6 +161,38 @@ def test_skipped_steps_are_recorded(tmp_path):
         assert [step.step for step in steps if step.skipped] == [1]
 
 
-def test_a_model_that_is_none_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="Module"):
-        ada.record(copy, tmp_path)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap, says",
+    [
+        (lambda model: "a model", "torch.nn.Module"),
+        (nn.DataParallel, "model.module"),
+        (torch.compile, "compiled"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(tmp_path, wrap, says):
+    with pytest.raises(TypeError, match=says):
+        ada.record(wrap(nn.Linear(2, 2)), tmp_path)
+
+
+def test_attention_and_modules_with_several_results_are_watched(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.rnn = nn.GRU(8, 8, batch_first=True)
+            self.out = nn.Linear(8, 5)
+
+        def forward(self, x):
+            h, _ = self.inner(x, x, x)
+            h, _ = self.rnn(h.float())
+            return self.out(h[:, -1])
+
+    for name in SCALERS:
+        torch.manual_seed(0)
+        model, scaler = Attention(), scaler_of(name)
+        data = [(torch.randn(4, 6, 8), torch.randint(5, (4,)))]
+        with ada.record(model, tmp_path / name, scaler=scaler) as record:
+            train(model, scaler, data, record=record)
+        places = {record.place for record in read(tmp_path / name).places}
+        assert {Place("out.weight", WEIGHT_GRADIENT), Place("rnn", INPUT_GRADIENT)} <= places
