@@ -21,6 +21,9 @@ DOT = 1 << 13
 """Elements of one dot product."""
 
 
+_SUMMABLE = 2.0**500
+"""Of magnitudes below, float64 can sum the squares of as many as a vector has."""
+
 _SQUARABLE = 2.0**-50
 """Where the largest magnitude of a vector is between this and its inverse, float32 can sum its squares."""
 
@@ -89,7 +92,7 @@ def _summarize_chunk(chunk: np.ndarray, amin: bool, logs: bool) -> Statistics:
         return Statistics(chunk.size, 0, 0.0, 0.0, 0.0, True)
     nonzero = int(np.count_nonzero(bits))
     magnitudes = _squarable(bits, chunk.dtype, amax)
-    sum_squares = _sum_squares(magnitudes)
+    sum_squares = _sum_squares(magnitudes) if amax < _SUMMABLE else math.inf
     low = sum_logs = sum_squared_logs = 0.0
     if logs:
         # With a one in the place of every zero. Their spread is a small difference of large sums.
@@ -113,12 +116,10 @@ def _squarable(bits: np.ndarray, dtype: np.dtype, amax: float) -> np.ndarray:
 def _sum_squares(vector: np.ndarray) -> float:
     """The sum of the squares, a part at a time: for longer vectors BLAS would wake threads that others use,
     and sums in float32 lose more."""
-    # What even float64 does not hold is infinite, and nothing to be told of.
-    with np.errstate(over="ignore"):
-        if vector.size <= DOT:
-            return float(vector.dot(vector))
-        total = 0.0
-        for start in range(0, vector.size, DOT):
-            part = vector[start : start + DOT]
-            total += float(part.dot(part))
-        return total
+    if vector.size <= DOT:
+        return float(vector.dot(vector))
+    total = 0.0
+    for start in range(0, vector.size, DOT):
+        part = vector[start : start + DOT]
+        total += float(part.dot(part))
+    return total

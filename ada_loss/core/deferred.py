@@ -5,7 +5,7 @@ Nobody waits for one before `fetch`, which brings the figures of many over in on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -34,10 +34,10 @@ class Ready(Generic[T]):
 
     value: T
 
-    figures: tuple[Figures, ...] = ()
-
-    def build(self, numbers: list[float]) -> T:
-        return self.value
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        """None: nothing of it is on a device."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class OnDevice(Generic[T]):
 
     figures: tuple[Figures, ...]
     build: Callable[[list[float]], T]
+
+    def take(self, numbers: Iterator[float]) -> T:
+        """The result, of the first of the numbers that remain."""
+        return self.build(list(islice(numbers, sum(each.count for each in self.figures))))
 
 
 Deferred: TypeAlias = Ready[T] | OnDevice[T]
@@ -59,22 +63,22 @@ def fetch(results: Sequence[Deferred[T]]) -> list[T]:
 
 def combine(build: Callable[..., T], *parts: Deferred[Any]) -> Deferred[T]:
     """What `build` makes of several results: at once where all are ready, else when it is fetched."""
-    figures = tuple(each for part in parts for each in part.figures)
-    if figures:
-        return OnDevice(figures, lambda numbers: build(*_built(parts, numbers)))
+    for part in parts:
+        if isinstance(part, OnDevice):
+            figures = tuple(each for part in parts for each in part.figures)
+            return OnDevice(figures, lambda numbers: build(*_built(parts, numbers)))
     return Ready(build(*_built(parts, [])))
 
 
 def _built(results: Sequence[Deferred[T]], numbers: list[float]) -> list[T]:
     remaining = iter(numbers)
-    return [
-        result.build(list(islice(remaining, sum(each.count for each in result.figures))))
-        for result in results
-    ]
+    return [result.value if isinstance(result, Ready) else result.take(remaining) for result in results]
 
 
 def _transferred(figures: Sequence[Figures]) -> list[float]:
     """All numbers in order; a library transfers its own vectors together."""
+    if not figures:
+        return []
     libraries = dict.fromkeys(each.transfer for each in figures)
     arrived = {
         transfer: iter(transfer([each.vector for each in figures if each.transfer == transfer]))
