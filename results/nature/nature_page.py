@@ -65,7 +65,8 @@ Candidates in which we expected plain `mixed16` to fail. Gradients of deflection
 small, but not below what float16 holds. Losses averaged over 30,000 to 60,000 pixels leave gradients of a
 few of float16's smallest steps; rounding them is noise that the sum over pixels averages out. Sixteen
 layers as Chainer initializes them shrink gradients by 2^8 or so. The critic of the adversarial pair is
-never so sure of itself that the generator's gradients vanish.
+never so sure of itself that the generator's gradients vanish. Runs are short, and the last two far from
+converged: their errors differ more among seeds than among columns, either way.
 """
 
 

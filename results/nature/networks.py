@@ -1,4 +1,4 @@
-"""Candidates that did not separate: means over pixels, depth without normalization, an adversarial pair."""
+"""Networks for digits and photographs: means over pixels, no normalization, an adversarial pair."""
 
 from __future__ import annotations
 

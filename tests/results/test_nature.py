@@ -14,7 +14,18 @@ NATURE = Path(__file__).resolve().parents[2] / "results" / "nature"
 sys.path.insert(0, str(NATURE))
 
 import make_nature  # noqa: E402
-from methods import AUTO, DYNAMIC, FLOAT32, PAPER, Adaptive, Plain, fixed, train  # noqa: E402
+from methods import (  # noqa: E402
+    AUTO,
+    DYNAMIC,
+    FLOAT32,
+    PAPER,
+    Adaptive,
+    Plain,
+    all_methods,
+    fixed,
+    some_methods,
+    train,
+)
 from nature_page import finding, page, ratio  # noqa: E402
 from regressions import BEAM, beams  # noqa: E402
 
@@ -101,9 +112,23 @@ def test_findings_follow_from_the_errors():
     assert "those from 2^0 to 2^4 are as good" in text
 
 
+def test_the_committed_runs_are_those_that_the_command_makes():
+    runs = make_nature.read_runs(make_nature.RUNS)
+    ran = sorted((run["training"], run["method"], run["seed"]) for run in runs)
+    methods = {training: all_methods(training) for training in make_nature.SEPARATED}
+    methods |= {training: some_methods(training) for training in make_nature.OTHERS}
+    assert ran == sorted(
+        (training.name, method.name, seed)
+        for training, by in methods.items()
+        for method in by
+        for seed in make_nature.SEEDS
+    )
+    lengths = {training.name: training.iterations for training in TRAININGS}
+    assert all(run["curve"][-1][0] == lengths[run["training"]] for run in runs)
+
+
 def test_the_committed_page_follows_from_the_committed_runs():
     runs = make_nature.read_runs(make_nature.RUNS)
-    assert {run["seed"] for run in runs} == set(make_nature.SEEDS)
     assert make_nature.PAGE.read_text(encoding="utf-8") == page(
         make_nature.SEPARATED, make_nature.OTHERS, runs
     )
