@@ -18,8 +18,6 @@ from PIL.Image import open as open_image
 
 import train_multi
 from ada_loss.report.facts import lines, load
-from ada_loss.report.pictures import to_png
-from ada_loss.report.window_chart import window_chart
 from command_line import OneSentenceParser
 from data_voc import JoinedDatasets
 from datasets import DATASETS
@@ -61,17 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, dataset = load_detector_model(OUT / WEIGHTS_FILE)
     kind = DATASETS[dataset]
     found = draw_detections(Detector(model, SCORE), kind.open_test(args.dataset_dir), kind.classes)
-    above(found, draw_windows(OUT)).save(args.picture)
+    windows = draw_windows(OUT)
+    (found if windows is None else above(found, windows)).save(args.picture)
     print(
         f"mAP {result['map']:.4f} on test images (VOC 2007 metric); some of them, with boxes, are in "
-        f"{args.picture}, above the scales that suit each layer. The demonstration took "
+        f"{args.picture}{'' if windows is None else ', above the scales that suit each layer'}. It took "
         f"{time.monotonic() - began:.0f} s."
     )
     return 0
 
 
-def draw_windows(out: Path) -> Image:
-    """For each layer of a run the single scales that would do for its gradients."""
+def draw_windows(out: Path) -> Image | None:
+    """For each layer of a run the single scales that would do for its gradients; None without the packages of
+    the report."""
+    try:
+        from ada_loss.report.pictures import to_png
+        from ada_loss.report.window_chart import window_chart
+    except ImportError:
+        return None
     (run,) = load([out])
     chart = window_chart(run, lines(run, [run]))
     return open_image(io.BytesIO(to_png(chart, run.sentence, "The scales that suit each layer's gradients")))
