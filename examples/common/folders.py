@@ -36,10 +36,10 @@ def made_once(folder: Path, write: Callable[[Path], None], option: str) -> Path:
     return folder
 
 
-def read_sample(images: Any, index: int, paths: Any) -> tuple[Any, ...]:
+def read_sample(images: Any, index: int, paths: Callable[[], str]) -> tuple[Any, ...]:
     """A sample of a data set of ChainerCV; raises InputError with its `paths` if a file is no image."""
     try:
         return images[index]
     # ChainerCV looks at what OpenCV gives for a file that it can't read: None.
     except (OSError, AttributeError, ValueError) as error:
-        raise InputError(f"{paths} can't be read ({error}): mend it, or take it out of its list.") from None
+        raise InputError(f"{paths()} can't be read ({error}): mend it, or take it out of its list.") from None

@@ -44,7 +44,7 @@ class ImageNetSamples:
     seed: int | None = None
 
     def sample(self, epoch: int, index: int) -> tuple[np.ndarray, np.int32]:
-        image, label = read_sample(self.images, index, self.images.img_paths[index])
+        image, label = read_sample(self.images, index, lambda: self.images.img_paths[index])
         if self.seed is None:
             image = center_crop(scale(image, round(self.side * MARGIN)), (self.side, self.side))
         else:

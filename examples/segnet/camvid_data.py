@@ -65,7 +65,7 @@ def open_split(folder: str, split: str) -> CamVidDataset:
 
 def read(images: CamVidDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
     """An image, float32 (3, H, W) of 0 to 255, and its classes, int32 (H, W), -1 where there is none."""
-    image, label = read_sample(images, index, " and ".join(images.paths[index]))
+    image, label = read_sample(images, index, lambda: " and ".join(images.paths[index]))
     if image.shape[1:] != label.shape or label.max() >= N_CLASS:
         raise InputError(
             f"{' and '.join(images.paths[index])} are no image and a class of 0 to {N_CLASS} per pixel."
