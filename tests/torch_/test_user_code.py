@@ -275,6 +275,18 @@ def test_an_operator_without_a_rule_is_said_once():
     assert len(warned) == 1
 
 
+def test_its_bits_are_those_of_the_true_value():
+    values = torch.tensor([1.5 * 2.0**-10, -(2.0**-20)])
+    assert torch.equal(scaled(values).view(torch.int16), values.half().view(torch.int16))
+
+
+def test_results_written_to_a_tensor_that_is_given():
+    out, plain = scaled([0.0, 0.0]), torch.zeros(2)
+    torch.add(scaled([2.0**-20, 2.0**-8]), scaled([2.0**-20, 2.0], 2.0**10), out=out)
+    torch.mul(scaled([2.0**-30, 2.0**-8], 2.0**16), 2, out=plain)
+    assert out.tolist() == [2.0**-19, 2 + 2.0**-8] and plain.tolist() == [2.0**-29, 2.0**-7]
+
+
 def test_a_view_and_its_base_change_together():
     base = scaled([2.0**-20, 2.0**-20])
     base[0].fill_(1000.0)

@@ -36,7 +36,7 @@ def _rules_of(func: Any) -> tuple[Rule, ...]:
     rules: list[Rule] = []
     if func in leaf_gradients.STORING:
         rules.append(leaf_gradients.store)
-    if func.overloadpacket in RULES:
+    if func.overloadpacket in RULES and not _writes_to_out(func):
         rules.append(RULES[func.overloadpacket])
     if _has_parts(func):
         rules.append(_in_parts)
@@ -56,7 +56,7 @@ def _in_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def kind_of(func: Any) -> str:
     """What `apply` does with an operator, in a word or two; for the coverage table."""
-    if func.overloadpacket in KINDS:
+    if func.overloadpacket in KINDS and not _writes_to_out(func):
         return KINDS[func.overloadpacket]
     if _has_parts(func):
         return "parts"
@@ -68,6 +68,13 @@ def kind_of(func: Any) -> str:
 def _has_parts(func: Any) -> bool:
     """Whether an operator is made of others, which have rules."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def _writes_to_out(func: Any) -> bool:
+    """Whether an overload writes its result to tensors given as `out`, of which rules know nothing."""
+    return any(
+        a.kwarg_only and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+    )
 
 
 def _changes_arguments(func: Any) -> bool:

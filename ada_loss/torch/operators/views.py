@@ -29,6 +29,18 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return mapped(source.view_of_data, results)
 
 
+def bits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The bits of the true value, rounded to the tensor's own dtype."""
+    if func is not torch.ops.aten.view.dtype:
+        return NotImplemented
+    return func(args[0].to_true().to(raw(args[0]).dtype), *args[1:], **kwargs)
+
+
+def of_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What concerns the memory alone is done to that of the data."""
+    return func(raw(args[0]), *args[1:], **kwargs)
+
+
 def changes_shape(func: Any) -> bool:
     """Whether an operator gives its first argument another shape in place, as unsqueeze_ does."""
     return torch.Tag.inplace_view in func.tags
@@ -76,3 +88,5 @@ register(
     *"aten.zeros_like aten.empty_like aten.new_zeros aten.new_empty aten.new_empty_strided".split(),
 )
 register("passes through", filled, *"aten.ones_like aten.full_like aten.new_ones aten.new_full".split())
+register("view", bits, "aten.view")
+register("passes through", of_memory, "aten.record_stream", "aten.is_pinned")
