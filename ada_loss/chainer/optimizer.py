@@ -144,16 +144,21 @@ class PreparedOptimizer:
     def _answer_overflow(self, skip: Skip) -> None:
         entries = [scope.policy.entry for scope in scopes(self.target)]
         if all(entry.diverged for entry in entries):
+            what = (
+                f"overflowed even at the smallest scale, 2**{entries[0].exponent}"
+                if skip.scale_helps
+                else "were not finite on the forward pass, where no scale helps"
+            )
             raise Diverged(
-                f"Training diverged: {entries[0].overflows} steps in a row overflowed even at the smallest "
-                f"scale, 2**{entries[0].exponent}; in the last one {skip.reason}. Lower the learning rate, "
-                "or look for what makes the loss infinite."
+                f"Training diverged: {entries[0].overflows} steps in a row {what}; in the last one "
+                f"{skip.reason}. Lower the learning rate, or look for what makes the loss infinite."
             )
         if self.announces:
             _logger.warning(
-                "Skipped a step, %d so far: %s. The scale is 2**%d now.",
+                "Skipped a step, %d so far: %s. The scale %s 2**%d.",
                 entries[0].skipped,
                 skip.reason,
+                "becomes" if skip.scale_helps else "stays",
                 entries[0].exponent,
             )
 
@@ -186,9 +191,9 @@ class StepOnMasters(chainer.GradientMethod):
     """Chainer's update as a prepared optimizer takes it, behind an `update` of the optimizer's own.
 
     A step whose gradients are not all finite is skipped: no hook runs, no parameter, state or counter
-    changes, a warning is logged, and the entry scales of the model's scopes back off. Otherwise the whole
-    update, hooks included, runs on the float32 masters with the true gradients, and the float16 parameters
-    receive the rounded result.
+    changes, a warning is logged, and the entry scales of the model's scopes back off, where a smaller scale
+    may help. Otherwise the whole update, hooks included, runs on the float32 masters with the true gradients,
+    and the float16 parameters receive the rounded result.
     """
 
     def update(self, lossfun: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -220,13 +225,14 @@ class StepOnMasters(chainer.GradientMethod):
         if self.announces:
             tell_what_is_missing(self.target, scopes(self.target))
         own = {scope.policy for scope in scopes(self.target)}
+        scale_helps = self.last_skip is None or self.last_skip.scale_helps
         for policy in own:
-            policy.end_step(finite=finite)
+            policy.end_step(finite=finite, scale_helps=scale_helps)
         entered = backward_state.take_entered()
         if self.last_skip is not None:
             # These gradients came by way of scopes that another optimizer looks after, as in a GAN.
             for policy in entered - own:
-                policy.entry = policy.entry.after(finite=False)
+                policy.entry = policy.entry.after(finite=False, scale_helps=scale_helps)
             self._answer_overflow(self.last_skip)
 
     def _why(self, parameters: list[ScaledParameter]) -> Skip:

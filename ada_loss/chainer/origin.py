@@ -50,11 +50,13 @@ class Skip:
         order: the smaller, the earlier in the computation; places on the forward pass come first.
         reason: what was not finite and where that began, as the rest of a sentence.
         path: of the layer there, or of a parameter; in brackets the function, where no layer is known.
+        scale_helps: whether gradients may be finite at a smaller scale.
     """
 
     order: tuple[int, int]
     reason: str
     path: str = ""
+    scale_helps: bool = True
 
     @property
     def forward(self) -> bool:
@@ -123,14 +125,16 @@ class _Place(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """Where it began. order: see `Skip`. words: what to say, with room for the place."""
+    """Where it began. order, scale_helps: see `Skip`. words: what to say, with room for the place."""
 
     order: tuple[int, int]
     words: str
     place: _Place
+    scale_helps: bool = True
 
     def skip(self, paths: Mapping[int, str]) -> Skip:
-        return Skip(self.order, self.words.format(place=self.place.text(paths)), self.place.layer(paths))
+        words = self.words.format(place=self.place.text(paths))
+        return Skip(self.order, words, self.place.layer(paths), self.scale_helps)
 
 
 _GRAPH_IS_GONE = ", or on the forward pass, whose graph is gone"
@@ -295,17 +299,20 @@ def _losses(nodes: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 
 def _of_a_loss(node: Any, value: Any) -> _Origin:
-    so = f"the loss is {value.item()}, which no scale can help: "
-    return _of_the_forward_pass([] if node is None else [node], so)
+    # A square that float16 cannot hold makes a loss infinite, and its gradient may be finite all the same.
+    helps = not math.isnan(value.item())
+    so = f"the loss is {value.item()}" + (": " if helps else ", which no scale can help: ")
+    return _of_the_forward_pass([] if node is None else [node], so)._replace(scale_helps=helps)
 
 
 def _of_the_forward_pass(nodes: Iterable[Any], so: str = "") -> _Origin:
     blame = first_not_finite(nodes)
     if blame is None:
-        return _Origin((0, 0), f"{so}numbers stopped being finite on the forward pass", _Place(""))
-    return _Origin(
-        (0, blame.function.rank), so + _FORWARD_WORDS[blame.what], _Place.of(blame.function, blame.users)
-    )
+        words, place, rank = f"{so}numbers stopped being finite on the forward pass", _Place(""), 0
+    else:
+        words, place = so + _FORWARD_WORDS[blame.what], _Place.of(blame.function, blame.users)
+        rank = blame.function.rank
+    return _Origin((0, rank), words, place, scale_helps=False)
 
 
 _FORWARD_WORDS = {

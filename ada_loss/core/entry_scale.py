@@ -10,7 +10,10 @@ from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.formats import FLOAT16, FloatFormat
 
 PATIENCE = 8
-"""How many steps in a row may overflow at the smallest scale before the run counts as diverged."""
+"""How many steps in a row may overflow at the smallest scale before the run counts as diverged.
+
+Where no scale helps, each of those steps stands for one power of two that there still is as well.
+"""
 
 RECOVERY_INTERVAL = 1000
 """After how many good steps a scale that backed off without being dynamic takes one step back up."""
@@ -23,14 +26,15 @@ _SETTINGS = ("interval", "number_format")
 class EntryScale:
     """The entry scale 2**exponent and what decides its next value; `after` makes the next one.
 
-    A step whose gradients are not all finite halves the scale. `interval` good steps in a row double it, and
+    A step whose gradients are not all finite halves the scale, unless no scale can help it, as where the loss
+    is not a number: a bad batch says nothing of the scale. `interval` good steps in a row double it, and
     before the first overflow every good step does (Chainer's dynamic rule); without an interval the scale
     only recovers, slowly, towards its initial value.
 
     initial, interval: settings. good_steps: good ones since the scale last changed. overflows: how many in a
-    row, up to the last step, overflowed at the smallest scale. skipped: steps that overflowed so far.
-    number_format: the format that gradients are kept in. Its smallest power of two is the smallest scale, its
-    largest the one at which dynamic scaling stops growing.
+    row, up to the last step, were not finite and did not lower the scale. skipped: steps that were not finite
+    so far. number_format: the format that gradients are kept in. Its smallest power of two is the smallest
+    scale, its largest the one at which dynamic scaling stops growing.
     """
 
     initial: int = 0
@@ -58,22 +62,28 @@ class EntryScale:
 
     @property
     def diverged(self) -> bool:
-        """Whether steps keep overflowing although the scale cannot be lowered any more."""
-        return self.overflows >= PATIENCE
+        """Whether steps keep overflowing although the scale cannot be lowered any more, or would not help."""
+        return self.overflows >= PATIENCE + self.exponent - self._lowest
 
     def __repr__(self) -> str:
         steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
         return f"EntryScale(2**{self.exponent} = {self.scale:g}, {steps} skipped, {self._state})"
 
-    def after(self, *, finite: bool) -> EntryScale:
-        """The entry scale after a step whose gradients were all finite, or were not."""
+    def after(self, *, finite: bool, scale_helps: bool = True) -> EntryScale:
+        """The entry scale after a step.
+
+        Args:
+            finite: whether its gradients were all finite.
+            scale_helps: of one whose were not, whether a smaller scale might have made them so.
+        """
         if not finite:
-            lowest = min(self.number_format.min_exponent, self.initial)
+            exponent = max(self._lowest, self.exponent - 1) if scale_helps else self.exponent
+            lowered = exponent < self.exponent
             return replace(
                 self,
-                exponent=max(lowest, self.exponent - 1),
-                good_steps=0,
-                overflows=self.overflows + (self.exponent <= lowest),
+                exponent=exponent,
+                good_steps=0 if scale_helps else self.good_steps,
+                overflows=self.overflows + (not lowered),
                 skipped=self.skipped + 1,
             )
         steps = replace(self, good_steps=self.good_steps + 1, overflows=0)
@@ -99,6 +109,10 @@ class EntryScale:
         if self.backoff:
             return f"backed off from 2**{self.initial}"
         return "as set" if self.interval is None else "dynamic"
+
+    @property
+    def _lowest(self) -> int:
+        return min(self.number_format.min_exponent, self.initial)
 
     @property
     def _ceiling(self) -> int:

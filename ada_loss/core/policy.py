@@ -183,9 +183,12 @@ class ShiftPolicy:
                 self.decisions[site] = Decision(site, known.rule, known.exponent, known.shift, found)
         self._remember({site: amax for site, amax in amaxes.items() if site in self._amaxes})
 
-    def end_step(self, *, finite: bool) -> None:
-        """Close a step: the optimizer has updated, or skipped because a gradient was not finite."""
-        self.entry = self.entry.after(finite=finite)
+    def end_step(self, *, finite: bool, scale_helps: bool = True) -> None:
+        """Close a step: the optimizer has updated, or skipped because a gradient was not finite.
+
+        scale_helps: see `EntryScale.after`.
+        """
+        self.entry = self.entry.after(finite=finite, scale_helps=scale_helps)
         self.iteration += 1
         self._count_passes()
         # Sites that do not come up any more would pile up.

@@ -267,7 +267,7 @@ def test_the_log_says_it_at_once_in_one_line(caplog):
     with caplog.at_level(logging.WARNING, "ada_loss"):
         message = reason(model, data(np.nan))
     (record,) = caplog.records
-    assert record.getMessage() == f"Skipped a step, 1 so far: {message}. The scale is 2**3 now."
+    assert record.getMessage() == f"Skipped a step, 1 so far: {message}. The scale stays 2**4."
 
 
 def test_a_run_that_diverged_says_where_the_last_step_overflowed():

@@ -111,22 +111,49 @@ class TestOverflow:
         # It overflows at the top; three good steps later it tries again.
         assert exponents[top : top + 8] == [top - 1] * 3 + [top, top - 1, top - 1, top - 1, top]
 
-    def test_a_training_that_always_overflows_ends_as_diverged_with_a_message(self, rng):
+    @pytest.mark.parametrize(
+        ("bad_batch", "why"),
+        [(True, "no scale helps"), (False, "overflowed even at the smallest scale, 2\\*\\*-24")],
+    )
+    def test_a_training_that_always_overflows_ends_as_diverged_with_a_message(self, rng, bad_batch, why):
         with dtype("mixed16"):
             target = training()
             optimizer = prepared(target)
             before = values(target)
-            with pytest.raises(Diverged, match="diverged: 8 steps in a row .* smallest scale, 2\\*\\*-24"):
-                for _ in range(100):
-                    optimizer.update(target, *batch(rng, magnitude=np.nan))
+            steps = 0
+            with pytest.raises(Diverged, match=f"diverged: [0-9]+ steps in a row .*{why}"):
+                for steps in range(1, 100):
+                    target.cleargrads()
+                    backward(target, batch(rng, magnitude=np.nan if bad_batch else 1.0))
+                    target.head.b.grad = np.full_like(target.head.b.array, np.inf)
+                    optimizer.update()
+        assert steps == 32
         assert_same_bits(values(target), before)
+
+    def test_bad_batches_do_not_lower_the_scale(self, rng):
+        with dtype("mixed16"):
+            target = training()
+            optimizer = prepared(target, optimizers.SGD(0.0))
+            for step in range(90):
+                optimizer.update(target, *batch(rng, magnitude=np.nan if step % 3 == 0 else 1.0))
+        assert (optimizer.entry_scale.skipped, optimizer.entry_scale.exponent) == (30, 0)
+
+    def test_a_loss_that_float16_cannot_hold_may_have_gradients_that_it_can_at_a_smaller_scale(self, rng):
+        with dtype("mixed16"):
+            target = training(method="fixed", init_scale=2.0**15)
+            optimizer = prepared(target, optimizers.SGD(0.0))
+            optimizer.update(target, *batch(rng, magnitude=300.0))
+        assert "the loss is inf:" in optimizer.last_skip.reason
+        assert optimizer.entry_scale.exponent == 14
 
     def test_all_scopes_of_a_model_back_off_together(self, rng):
         target = chainer.Sequential(
             AdaLossScaled(L.Linear(4, 4)), AdaLossScaled(L.Linear(4, 2), init_scale=4)
         )
         optimizer = prepared(target)
-        optimizer.update(lambda: F.sum(target(np.full((2, 4), np.inf, np.float32))))
+        F.sum(target(np.ones((2, 4), np.float32))).backward()
+        target[0].W.grad = np.full((4, 4), np.inf, np.float32)
+        optimizer.update()
         assert [scope.ada_loss.policy.entry.exponent for scope in target] == [-1, 1]
 
 

@@ -75,6 +75,22 @@ def test_training_has_diverged_when_steps_keep_overflowing_at_the_smallest_scale
     assert run(entry, [False] * PATIENCE).diverged
 
 
+@pytest.mark.parametrize("interval", [None, 3])
+def test_a_step_that_no_scale_helps_leaves_the_scale_and_the_good_steps_and_counts_as_skipped(interval):
+    entry = run(EntryScale.from_config(AdaLossConfig(dynamic_interval=interval)), [False, True, True])
+    bad = entry.after(finite=False, scale_helps=False)
+    assert (bad.exponent, bad.good_steps, bad.skipped) == (entry.exponent, 2, 2)
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_training_diverges_after_as_many_steps_in_a_row_whether_a_scale_would_help_or_not(helps):
+    entry, lowered = EntryScale.from_config(AdaLossConfig()), EntryScale.from_config(AdaLossConfig())
+    for scale_helps in helps:
+        entry = entry.after(finite=False, scale_helps=scale_helps)
+        lowered = lowered.after(finite=False)
+        assert entry.diverged == lowered.diverged
+
+
 def test_one_good_step_at_the_smallest_scale_restores_patience():
     entry = run(EntryScale.from_config(AdaLossConfig()), [False] * (PATIENCE - 1 - MIN_EXPONENT))
     assert not run(entry, [True] + [False] * (PATIENCE - 1)).diverged
