@@ -16,6 +16,7 @@ from errors import InputError, reason
 # EXIF's tag for how a camera was held, and what turns the pixels of each value upright: whether rows and
 # columns change places, then the steps along rows and columns.
 ORIENTATION = 0x112
+UPRIGHT = (False, 1, 1)
 TURNS = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -53,11 +54,10 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image as `read_image` gives it, in most cases without reading more than its
     beginning. Raises InputError if even that can't be read."""
     with _opened(path) as image:
-        orientation = _orientation(image)
-        if orientation in TURNS and image.format == "TIFF":
+        if image.format == "TIFF" and _orientation(image) in TURNS:
+            # Loading may turn it.
             image.load()
-            return image.height, image.width
-        turned = orientation in TURNS and TURNS[orientation][0]
+        turned, _, _ = TURNS.get(_orientation(image), UPRIGHT)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -86,7 +86,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
     """Pixels (H, W, 3), turned and mirrored."""
-    transposed, down, right = TURNS.get(orientation, (False, 1, 1))
+    transposed, down, right = TURNS.get(orientation, UPRIGHT)
     return (pixels.transpose(1, 0, 2) if transposed else pixels)[::down, ::right]
 
 

@@ -129,7 +129,9 @@ def test_any_log_can_be_drawn(tmp_path, rows):
     for _ in range(2):
         draw_pictures(rows, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "map.png"]
-    assert all(Image.open(path).size == (600, 400) for path in tmp_path.iterdir())
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.size == (600, 400)
 
 
 def test_the_table_fits_80_columns_and_its_time_has_a_unit():

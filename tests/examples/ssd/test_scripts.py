@@ -115,7 +115,8 @@ def test_predict_draws_strips(model_file, tmp_path, shape):
     path = tmp_path / "strip.png"
     Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
     assert predict.main([str(model_file), str(path), "--out", str(tmp_path / "out"), "--score", "0.1"]) == 0
-    width, height = Image.open(tmp_path / "out" / "strip.png").size
+    with Image.open(tmp_path / "out" / "strip.png") as picture:
+        width, height = picture.size
     assert width % shape[1] == height % shape[0] == 0
     assert max(width, height) <= 6000
 
