@@ -149,7 +149,7 @@ SCALES = {
         ("--model", "small", "--dataset", "digits", "--log-interval", "50"),
         tables(
             ("--iteration", "1500", "--evaluation-interval", "150"),
-            ("--iteration", "420", "--lr", "0.015", "--evaluation-interval", "60"),
+            ("--iteration", "600", "--lr", "0.024", "--warm-up", "60", "--evaluation-interval", "60"),
         ),
     ),
     "voc": Scale(("--model", "ssd512", "--dataset", "voc", "--log-interval", "500"), tables((), ())),
