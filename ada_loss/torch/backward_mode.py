@@ -218,5 +218,20 @@ def backward(config: AdaLossConfig | None = None, *, shifts: Shifts | None = Non
     if shifts is None:
         shifts = shifts_for(config or AdaLossConfig())
     mode = BackwardMode(shifts)
-    with mode, _Differentiation(mode):
+    with mode, _Differentiation(mode), _says_what_ddp_means():
         yield mode
+
+
+@contextmanager
+def _says_what_ddp_means() -> Iterator[None]:
+    """Around backward: where DistributedDataParallel finds true gradients of parameters in float16, it names
+    only dtypes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected Half, got Float" not in str(error) or not torch.distributed.is_initialized():
+            raise
+        raise RuntimeError(
+            "DistributedDataParallel exchanges gradients of float16 parameters in float16, without a scale: "
+            "keep parameters in float32, under torch.autocast(device, torch.float16)."
+        ) from error

@@ -19,6 +19,7 @@ from ada_loss.torch.entry_scale import EntryScaleOnDevice
 from ada_loss.torch.masters import Masters
 from ada_loss.torch.overflow import where_it_began
 from ada_loss.torch.scaled_loss import ScaledLoss, scaled_loss
+from ada_loss.torch.scaled_tensor import holds_others
 from ada_loss.torch.shifts import Shifts, shifts_for
 
 logger = logging.getLogger(__name__)
@@ -138,17 +139,20 @@ class GradScaler(torch.amp.GradScaler):
         """Look whether the gradients are finite. They are true already: clip them before or after."""
         if self._enabled:
             self._check_differentiated("unscale_")
+            _refuse_float16_shards(optimizer)
             super().unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """`optimizer.step()`, unless a gradient is not finite.
 
         Raises:
-            RuntimeError: no loss of this scaler was differentiated since the last `update`.
+            RuntimeError: no loss of this scaler was differentiated since the last `update`, or a parameter is
+                sharded in float16.
         """
         if not self._enabled:
             return super().step(optimizer, *args, **kwargs)
         self._check_differentiated("step")
+        _refuse_float16_shards(optimizer)
         skips = self._skips_seen
         with self._masters_of(optimizer).swapped_in(optimizer):
             result = super().step(optimizer, *args, **kwargs)
@@ -248,6 +252,18 @@ class GradScaler(torch.amp.GradScaler):
         """In the order in which optimizers made their first steps, here or where they were loaded from."""
         states = [masters.to_state(optimizer) for optimizer, masters in self._masters]
         return states + self._loaded_masters[len(states) :]
+
+
+def _refuse_float16_shards(optimizer: torch.optim.Optimizer) -> None:
+    """Sharded parameters of float16 have no masters."""
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        sharded = holds_others((type(parameter),))
+        if sharded and parameter.dtype == torch.float16 and parameter.grad is not None:
+            raise RuntimeError(
+                "A sharded parameter is in float16, where updates would be lost: keep parameters in float32, "
+                "and let FSDP2 cast them with MixedPrecisionPolicy(param_dtype=torch.float16, "
+                "reduce_dtype=torch.float32)."
+            )
 
 
 def _check_device(kind: str) -> None:

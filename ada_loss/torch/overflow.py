@@ -23,7 +23,9 @@ def where_it_began(parameters: Sequence[torch.Tensor]) -> str:
     named = [name for key, name in names.items() if key in {id(p) for p in bad}]
     if named:
         return f"on the way back the gradient of {named[-1]!r} is the first that is not finite"
-    shape = tuple(bad[-1].shape) if bad else ()
+    if not bad:
+        return "another process has a gradient that is not finite"
+    shape = tuple(bad[-1].shape)
     return f"the gradient of a parameter of shape {shape} is not finite"
 
 
@@ -33,7 +35,9 @@ def _finite(parameters: Sequence[torch.Tensor]) -> list[bool]:
     for parameter in parameters:
         gradient = parameter.grad
         assert gradient is not None
-        values = gradient._values() if gradient.is_sparse else gradient
+        # Of a sharded gradient, what this process has: to ask the others would mean waiting for them.
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        values = local._values() if local.is_sparse else local
         found.append(torch.isfinite(values).all().to("cpu", non_blocking=True))
     if any(parameter.is_cuda for parameter in parameters):
         torch.cuda.synchronize()

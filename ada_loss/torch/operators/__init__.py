@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ada_loss.torch.operators import entries, fallback, in_place, leaf_gradients, views
+from ada_loss.torch.operators import collectives, entries, fallback, in_place, leaf_gradients, views
 from ada_loss.torch.operators import exits as exits  # these register their rules
 from ada_loss.torch.operators import fused as fused
 from ada_loss.torch.operators import joins as joins
@@ -38,6 +38,8 @@ def _rules_of(func: Any) -> tuple[Rule, ...]:
         rules.append(leaf_gradients.store)
     if func.overloadpacket in RULES and not _writes_to_out(func):
         rules.append(RULES[func.overloadpacket])
+    if (collective := collectives.rule_of(func)) is not None:
+        rules.append(collective)
     if _has_parts(func):
         rules.append(_in_parts)
     if views.is_view(func):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ada_loss.torch.operators.arguments import widened
+from ada_loss.torch.operators.collectives import packs_gradients, refuse_rounding
 from ada_loss.torch.operators.exits import cast, cast_to
 from ada_loss.torch.operators.results import entering, one
 from ada_loss.torch.scaled_tensor import ScaledTensor
@@ -24,7 +25,11 @@ def begins_scaled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shif
     """The result of an operator of plain tensors, if it enters a dtype that is scaled; NotImplemented if
     not."""
     entry = _ENTRIES.get(func)
-    return NotImplemented if entry is None else entry(func, args, kwargs, shifts)
+    if entry is not None:
+        return entry(func, args, kwargs, shifts)
+    if packs_gradients(func) and torch.float16 in shifts.dtypes:
+        refuse_rounding(func, args, kwargs)
+    return NotImplemented
 
 
 def _cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shifts: Shifts) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,8 +102,13 @@ def _without_data(leaf: Any) -> Any:
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 
-def changes_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Any operator that writes to its arguments: it writes to true values, which are then written back."""
+def changes_arguments(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], finish: Callable[[Any], None] | None = None
+) -> Any:
+    """Any operator that writes to its arguments: it writes to true values, which are then written back.
+
+    finish: called with what the operator returns, where it may not have written everything yet.
+    """
     written: list[tuple[torch.Tensor, torch.Tensor]] = []
     writable = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     names = [a.name for a in func._schema.arguments]
@@ -122,6 +128,8 @@ def changes_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     arguments = [value_for(name, value) for name, value in zip(names, args, strict=False)]
     keywords = {name: value_for(name, value) for name, value in kwargs.items()}
     result = func(*arguments, **keywords)
+    if finish is not None:
+        finish(result)
     for original, copy in written:
         write(original, copy)
     originals = {id(copy): original for original, copy in written}
