@@ -30,7 +30,7 @@ from fidelity_measure import (
 )
 from fidelity_report import ORACLE, Cell, document, write
 
-from ada_loss.chainer import AdaLossScaled
+from ada_loss.chainer import AdaLossScaled, kernels
 
 MULTIPLIERS = range(-30, 15, 4)
 """log2 of what the loss is multiplied by."""
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure_case(case: Case, seed: int, multipliers: range) -> Iterator[Cell]:
     """All cells of a network, untrained and trained."""
+    # Plain models, which come first, run on the kernels of scaled ones.
+    kernels.use_by_default("numpy")
     for stage, steps in (("initial", 0), ("trained", case.steps)):
         begin = time.monotonic()
         subject = make_subject(case, seed, steps)
