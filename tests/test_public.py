@@ -32,6 +32,7 @@ PUBLIC = {
         "AdaLossConfig",
         "GradScaler",
         "ScaledTensor",
+        "backend",
         "backward",
         "float32_kernels",
         "linear_backward",
