@@ -116,10 +116,10 @@ def test_loaders_end_with_a_killed_parent(digits, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    (loader,) = map(int, parent.stdout.readline().split())
-    os.kill(loader, 0)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    with parent:
+        (loader,) = map(int, parent.stdout.readline().split())
+        os.kill(loader, 0)
+        parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
     while is_running(loader) and time.monotonic() < deadline:
         time.sleep(0.1)

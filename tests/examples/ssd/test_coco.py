@@ -22,6 +22,12 @@ from errors import InputError
 from evaluation import coco_precisions
 from models import build_model
 
+# ChainerCV's loader leaves the closing of its file to Python.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 # COCO's identities of categories have gaps.
 IDENTITIES = [label + 1 + label // 10 for label in range(80)]
 

@@ -24,6 +24,8 @@ def open_train(folder):
     return open_parts(folder, TRAIN_PARTS, VOC_CLASSES, use_difficult=False)
 
 
+@pytest.mark.filterwarnings("ignore:please pick split", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("parts", "use_difficult"), [(TRAIN_PARTS, False), (TEST_PARTS, True)], ids=["training", "test"]
 )

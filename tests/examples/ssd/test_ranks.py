@@ -52,7 +52,7 @@ def test_two_ranks_train_as_one_does(digits, tmp_path, method, tolerance):
     two = run_script("train_multi.py", *arguments(digits, ours, "--iteration", 3, *method), ranks=2)
     one = run_script("train_multi.py", *arguments(digits, theirs, "--iteration", 3, *method))
     assert (two.returncode, one.returncode) == (0, 0), two.stderr + one.stderr
-    assert two.stdout.count("mAP") == 1, "only rank 0 reports"
+    assert two.stdout.count("| mAP") == 1, "only rank 0 reports"
     assert json.loads((ours / "result.json").read_text())["ranks"] == 2
 
     start = {
