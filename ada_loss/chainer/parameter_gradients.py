@@ -16,7 +16,13 @@ import numpy as np
 from ada_loss.arrays.library import all_finite, amax_of, library_of
 from ada_loss.chainer.gradient import ScaledGradient, shifted
 from ada_loss.chainer.kernels.elementwise import float32_total
-from ada_loss.chainer.products import backward_arrays, backward_with_weight, products_of
+from ada_loss.chainer.products import (
+    backward_arrays,
+    backward_with_weight,
+    constant_of,
+    gradient_by_constant,
+    products_of,
+)
 from ada_loss.core.alignment import HEADROOM
 from ada_loss.core.formats import FLOAT16
 from ada_loss.core.maths import floor_log2
@@ -69,10 +75,15 @@ def gradients_in_range(
 ) -> tuple[tuple[Any, ...], int]:
     """`backward_arrays`, computed again from lower gys where a sum overflows, and the exponent of the result.
 
+    That of a multiplication by a constant takes over the constant's power of two.
     gys: arrays or None, which carry `exponent`.
     """
     if not targets:
         return (), exponent
+    constant = constant_of(function)
+    if constant is not None and gys[0] is not None:
+        gx, exponent = gradient_by_constant(constant, gys[0], exponent)
+        return (gx,), exponent
     gxs = backward_arrays(function, targets, gys)
     present = [gy for gy in gys if gy is not None]
     size = max((gy.size for gy in present), default=0)

@@ -23,6 +23,7 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.linear import LinearFunction
 from chainer.functions.connection.local_convolution_2d import LocalConvolution2DFunction
+from chainer.functions.math.basic_math import MulConstant
 from chainer.functions.math.einsum import EinSum, _enumerate_axes
 from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
@@ -172,6 +173,27 @@ def backward_with_weight(function: Any, product: Product, weight: Any, target: i
         return backward_arrays(function, (target,), (gy,))[0]
     finally:
         del function.get_retained_inputs
+
+
+def constant_of(function: Any) -> tuple[float, int] | None:
+    """The number that a float16 function multiplies by, as one between 1 and 2 and a power of two; None for
+    others, and for a number without such a power."""
+    if type(function) is not MulConstant or function.inputs[0].dtype != np.float16:
+        return None
+    value = float(function.value)
+    if not value or not math.isfinite(value):
+        return None
+    fraction, exponent = math.frexp(value)
+    return 2 * fraction, exponent - 1
+
+
+def gradient_by_constant(constant: tuple[float, int], gy: Any, exponent: int) -> tuple[Any, int]:
+    """The gradient of what a function multiplies by a constant, and its exponent, from gy, which carries
+    `exponent`: the constant's power of two goes to the exponent, so that no element becomes too small or too
+    large."""
+    fraction, power = constant
+    (gx,) = (gy,) if fraction == 1 else MulConstant(fraction).forward((gy,))
+    return gx, exponent - power
 
 
 def factor_of(function: Any, product: Product, gy: Any) -> Factor:

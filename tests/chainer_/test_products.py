@@ -16,6 +16,7 @@ from ada_loss.core.config import TIMINGS, AdaLossConfig
 from ada_loss.core.deferred import fetch
 from ada_loss.core.formats import FLOAT16
 from ada_loss.core.measurement import Factor
+from helpers import dtype
 
 PRODUCTS = {
     "linear": (F.linear, [(3, 6), (4, 6)]),
@@ -184,3 +185,63 @@ def test_in_a_network_approx_range_lets_at_most_the_promised_share_of_gx_underfl
     exact = masked @ link[2].W.array.astype(np.float64)
     (gx,) = hook.seen
     assert n_uf / 10 < np.mean((gx == 0)[exact != 0]) <= n_uf
+
+
+class TestConstants:
+    """A float16 loss may be multiplied by any number: its power of two goes to the exponent."""
+
+    def gradients(self, kind, combine, method="auto"):
+        with dtype(kind):
+            model = AdaLossScaled(L.Linear(6, 4), method)
+        model.W.array[:] = np.random.default_rng(3).standard_normal((4, 6)).astype(np.float16)
+        x = np.random.default_rng(4).standard_normal((5, 6)).astype(np.float16)
+        y = F.linear(x.astype(model.W.dtype), model.W, model.b)
+        assert y.dtype == model.W.dtype
+        model.cleargrads()
+        combine(F.sum(y * y)).backward()
+        return model.true_gradients()
+
+    @pytest.mark.parametrize("number", [2.0**-18, -3e-7, 1e-12, 2.0**-40, 0.75, 5e4, np.float32(1e-6)])
+    def test_the_gradient_survives_the_number(self, number):
+        found = self.gradients("mixed16", lambda loss: loss * number)
+        for path, wanted in self.gradients("float32", lambda loss: loss * number).items():
+            assert relative_error(found[path], wanted) < 2**-9
+
+    def test_several_numbers_cancel(self):
+        def combine(loss):
+            return (((loss * 2.0**-20) * 2.0**-20) / 2.0**-20) / 2.0**-20
+
+        with np.errstate(all="ignore"):
+            found = self.gradients("mixed16", combine)
+        for path, wanted in self.gradients("float32", combine).items():
+            assert relative_error(found[path], wanted) < 2**-9
+
+    def test_a_factor_of_zero_leaves_zeros(self):
+        assert not any(g.any() for g in self.gradients("mixed16", lambda loss: loss * 0.0).values())
+
+    def test_tasks_of_different_weights_add_up(self):
+        def combine(loss):
+            return loss * 2.0**-16 + (loss * 0.5) * 2.0**-15
+
+        found = self.gradients("mixed16", combine)
+        for path, wanted in self.gradients("float32", combine).items():
+            assert relative_error(found[path], wanted) < 2**-8
+
+    def test_in_float32_the_bits_are_plain_chainers(self):
+        model = L.Linear(6, 4)
+        found = {}
+        for scaled in (False, True):
+            if scaled:
+                AdaLossScaled(model)
+            model.cleargrads()
+            (F.sum(model(np.ones((5, 6), np.float32)) ** 2) * 3e-7).backward()
+            found[scaled] = model.W.grad.copy()
+        assert np.array_equal(found[False], found[True])
+
+    def test_the_papers_rule_lets_float16_round_it(self):
+        found = self.gradients("mixed16", lambda loss: loss * 2.0**-40, "approx_range")
+        assert not any(g.any() for g in found.values())
+
+
+def relative_error(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
