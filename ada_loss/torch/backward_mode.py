@@ -229,7 +229,7 @@ def _says_what_ddp_means() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Expected Half, got Float" not in str(error) or not torch.distributed.is_initialized():
+        if "Expected Half, got Float" not in str(error) or not torch.distributed.is_available():
             raise
         raise RuntimeError(
             "DistributedDataParallel exchanges gradients of float16 parameters in float16, without a scale: "

@@ -229,9 +229,11 @@ class GradScaler(torch.amp.GradScaler):
         optimizers know of them."""
         if not self._enabled:
             return {}
-        return super().state_dict() | {
-            _STATE: {"entry": self._entry.to_state(), "masters": self._states_of_masters()}
-        }
+        state = {"entry": self._entry.to_state()}
+        masters = self._states_of_masters()
+        # Without any, a state has the same entries before the first step as after: distributed checkpoints
+        # load into the state of a new scaler.
+        return super().state_dict() | {_STATE: state | ({"masters": masters} if any(masters) else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called. Of a state of `torch.amp.GradScaler` there is nothing to
@@ -239,7 +241,7 @@ class GradScaler(torch.amp.GradScaler):
         super().load_state_dict(state_dict | {"scale": 1.0} if state_dict else state_dict)
         if self._enabled and _STATE in state_dict:
             self._entry = self._entry.restored(state_dict[_STATE]["entry"])
-            self._loaded_masters = list(state_dict[_STATE]["masters"])
+            self._loaded_masters = list(state_dict[_STATE].get("masters", [{} for _ in self._masters]))
             for (_, masters), state in zip(self._masters, self._loaded_masters, strict=False):
                 masters.load_state(state)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 import traceback
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
+from torch.distributed import checkpoint
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -137,6 +140,48 @@ def fsdp():
 
 
 @scenario
+def fsdp_that_accumulates():
+    net = sharded(problem()[0], reduce_dtype=torch.float32)
+    for last in (False, True):
+        net.set_requires_gradient_sync(last)
+        fsdp_step(net)
+    return whole(gradients(net))
+
+
+@scenario
+def fsdp_that_goes_on_from_a_checkpoint(folder):
+    """A run of two steps, and one that stops after the first, is saved and loaded elsewhere, and goes on."""
+
+    def parts():
+        net = sharded(problem()[0], reduce_dtype=torch.float32)
+        return net, torch.optim.AdamW(net.parameters(), lr=1e-3), ada_loss.torch.GradScaler("cpu")
+
+    def step(net, optimizer, scaler):
+        _, x, target = problem()
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(net(my_part(x)), my_part(target))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def state_of(net, optimizer, scaler):
+        model, optimizer = get_state_dict(net, optimizer)
+        return {"model": model, "optimizer": optimizer, "scaler": scaler.state_dict()}
+
+    straight = parts()
+    step(*straight)
+    checkpoint.save(state_of(*straight), checkpoint_id=folder / "saved")
+    step(*straight)
+    resumed = parts()
+    state = state_of(*resumed)
+    checkpoint.load(state, checkpoint_id=folder / "saved")
+    net, optimizer, scaler = resumed
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    step(*resumed)
+    return [whole(dict(run[0].named_parameters())) for run in (straight, resumed)]
+
+
+@scenario
 def fsdp_that_clips_and_steps():
     net = sharded(problem()[0], reduce_dtype=torch.float32)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -214,7 +259,8 @@ def main(rank, world_size, folder, prefix):
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
     for name in filter(lambda name: name.startswith(prefix), SCENARIOS):
         try:
-            result = SCENARIOS[name]()
+            function = SCENARIOS[name]
+            result = function(folder) if signature(function).parameters else function()
         except RuntimeError as error:
             traceback.print_exc()
             result = str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_.asserts import assert_close, float32_gradients
+from torch_.asserts import assert_close, assert_same_bits, float32_gradients
 from torch_.nets import loss_of, make
 
 PROGRAM = Path(__file__).with_name("distributed_program.py")
@@ -87,9 +87,10 @@ def test_gradients_are_those_of_one_process(came_of, scenario):
         assert_close(gradients, plain, db=50)
 
 
-def test_passes_without_reduction_add_up(came_of):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_passes_without_reduction_add_up(came_of, engine):
     _, plain = one_process()
-    for gradients in came_of("ddp_that_accumulates"):
+    for gradients in came_of(f"{engine}_that_accumulates"):
         assert_close(gradients, {name: 2 * gradient for name, gradient in plain.items()}, db=50)
 
 
@@ -116,6 +117,11 @@ def test_sharded_gradients_are_clipped_by_the_norm_of_all_of_them(came_of):
         assert result["skipped"] == 0
         changes = {name: result["after"][name] - p.detach() for name, p in net.named_parameters()}
         assert_close(changes, moved, db=40)
+
+
+def test_a_distributed_checkpoint_goes_on_as_if_nothing_had_happened(came_of):
+    for straight, resumed in came_of("fsdp_that_goes_on_from_a_checkpoint"):
+        assert_same_bits(resumed, straight)
 
 
 @pytest.mark.parametrize(
