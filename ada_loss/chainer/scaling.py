@@ -16,6 +16,7 @@ from ada_loss.chainer.tagging import LinkPaths
 from ada_loss.chainer.transforms import Report
 from ada_loss.core.config import AdaLossConfig
 from ada_loss.core.decision import Decision
+from ada_loss.core.decision_table import decision_table
 
 
 class Scaling:
@@ -63,3 +64,13 @@ class Scaling:
         copied = Scaling(policy, self.output_dtype)
         copied.report = self.report
         return copied
+
+    def __repr__(self) -> str:
+        """The settings, the entry scale, and a table of the latest decisions, a row a layer."""
+        layers = (
+            f"{len(self.report.converted)} layers scaled, {len(self.report.left)} links with parameters left"
+        )
+        head = f"{self.config.loss_scale_method}: {layers}; {self.policy.entry!r}"
+        if not self.decisions:
+            return f"{head}\nNo backward pass has met a decision point yet."
+        return f"{head}\n{decision_table(self.decisions)}"

@@ -275,3 +275,13 @@ def test_sending_to_a_device_keeps_everything_working(rng):
     model = scaled_net()
     model.to_device("@numpy")
     assert step(model, draw(rng))["/a/W"] is not None
+
+
+def test_what_is_kept_on_a_model_prints_as_a_table_a_row_a_layer():
+    model = AdaLossScaled(Net())
+    assert "No backward pass" in repr(model.ada_loss)
+    F.sum(model(np.ones((2, 4), np.float32)) ** 2).backward()
+    first, headings, *rows = str(model.ada_loss).splitlines()
+    assert first.startswith("auto: 2 layers scaled")
+    assert headings.split()[0] == "layer"
+    assert {decision.site.path for decision in model.ada_loss.decisions} <= {row.split()[0] for row in rows}
