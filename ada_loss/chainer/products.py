@@ -23,7 +23,7 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.functions.connection.linear import LinearFunction
 from chainer.functions.connection.local_convolution_2d import LocalConvolution2DFunction
-from chainer.functions.math.basic_math import MulConstant
+from chainer.functions.math.basic_math import Mul, MulConstant
 from chainer.functions.math.einsum import EinSum, _enumerate_axes
 from chainer.functions.math.matmul import BatchMatMul, MatMul
 from chainer.functions.math.tensordot import TensorDot
@@ -178,13 +178,25 @@ def backward_with_weight(function: Any, product: Product, weight: Any, target: i
 def constant_of(function: Any) -> tuple[float, int] | None:
     """The number that a float16 function multiplies by, as one between 1 and 2 and a power of two; None for
     others, and for a number without such a power."""
-    if type(function) is not MulConstant or function.inputs[0].dtype != np.float16:
-        return None
-    value = float(function.value)
+    value = _multiplied_by(function) if function.inputs[0].dtype == np.float16 else None
     if not value or not math.isfinite(value):
         return None
     fraction, exponent = math.frexp(value)
     return 2 * fraction, exponent - 1
+
+
+def _multiplied_by(function: Any) -> float | None:
+    """The number, given as such or as an array of one element without a gradient, on the host."""
+    if type(function) is MulConstant:
+        return float(function.value)
+    if type(function) is not Mul:
+        return None
+    for index, x in enumerate(function.inputs):
+        fits = len(x.shape) <= len(function.inputs[1 - index].shape)
+        if not x.requires_grad and fits and math.prod(x.shape) == 1:
+            array = function.get_retained_inputs()[index].array
+            return float(array.item()) if library_of(array).on_host else None
+    return None
 
 
 def gradient_by_constant(constant: tuple[float, int], gy: Any, exponent: int) -> tuple[Any, int]:

@@ -207,6 +207,24 @@ class TestConstants:
         for path, wanted in self.gradients("float32", lambda loss: loss * number).items():
             assert relative_error(found[path], wanted) < 2**-9
 
+    def test_the_gradient_survives_arrays_of_one_element(self):
+        def combine(loss):
+            small = np.full((), 2.0**-18, loss.dtype)
+            return small * (loss * small)
+
+        found = self.gradients("mixed16", combine)
+        for path, wanted in self.gradients("float32", combine).items():
+            assert relative_error(found[path], wanted) < 2**-9
+
+    def test_a_variable_of_one_element_has_a_gradient_of_its_own(self):
+        def run(kind):
+            weight = chainer.Variable(np.full((), 0.5, "e" if kind == "mixed16" else "f"))
+            return self.gradients(kind, lambda loss: loss * weight), weight.grad
+
+        (found, own), (wanted, wanted_own) = run("mixed16"), run("float32")
+        assert relative_error(own, wanted_own) < 2**-8
+        assert all(relative_error(found[path], wanted[path]) < 2**-9 for path in wanted)
+
     def test_several_numbers_cancel(self):
         def combine(loss):
             return (((loss * 2.0**-20) * 2.0**-20) / 2.0**-20) / 2.0**-20
