@@ -220,26 +220,54 @@ def fsdp_asked_to_reduce_in_float16():
     return whole(gradients(net))
 
 
-@scenario
-def ddp_with_a_functional_collective():
-    """A layer whose gradient, in float16, is added up over processes on the way back."""
+def summed_backward(add_up):
+    """A function of autograd's whose gradient is added up over processes, as synchronized layers do it."""
+
+    class Summed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return add_up(gradient)
+
+    return Summed.apply
+
+
+def step_with(add_up):
     net, x, _ = problem()
     weight = net.out.weight
     with torch.autocast("cpu", torch.float16):
-        output = SummedBackward.apply(net.embedding(my_part(x)).half() @ weight.t())
+        output = summed_backward(add_up)(net.embedding(my_part(x)).half() @ weight.t())
         loss = output.float().sum() * 2.0**-30
     ada_loss.torch.GradScaler("cpu").scale(loss).backward()
     return {"weight": weight.grad}
 
 
-class SummedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
+@scenario
+def ddp_with_a_functional_collective():
+    return step_with(lambda gradient: functional_collectives.all_reduce(gradient, "sum", dist.group.WORLD))
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return functional_collectives.all_reduce(gradient, "sum", dist.group.WORLD)
+
+@scenario
+def ddp_with_a_collective_in_place():
+    def add_up(gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+    return step_with(add_up)
+
+
+@scenario
+def ddp_with_a_buffer_in_float16():
+    def add_up(gradient):
+        buffer = torch.empty(gradient.shape, dtype=torch.float16)
+        dist.all_gather([buffer] * dist.get_world_size(), gradient)
+        return buffer
+
+    return step_with(add_up)
 
 
 @scenario

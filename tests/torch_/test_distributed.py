@@ -94,9 +94,10 @@ def test_passes_without_reduction_add_up(came_of, engine):
         assert_close(gradients, {name: 2 * gradient for name, gradient in plain.items()}, db=50)
 
 
-def test_a_collective_on_the_way_back_adds_true_gradients(came_of):
+@pytest.mark.parametrize("scenario", ["ddp_with_a_functional_collective", "ddp_with_a_collective_in_place"])
+def test_a_collective_on_the_way_back_adds_true_gradients(came_of, scenario):
     net, x, _ = (torch.manual_seed(5), make("transformer"))[1]
-    results = came_of("ddp_with_a_functional_collective")
+    results = came_of(scenario)
     for result, part in zip(results, x.chunk(len(results)), strict=True):
         row = net.embedding(part).detach().sum((0, 1)) * 2.0**-30 * len(results)
         assert_close(result, {"weight": row.expand(50, -1)}, db=50)
@@ -128,6 +129,7 @@ def test_a_distributed_checkpoint_goes_on_as_if_nothing_had_happened(came_of):
     ("scenario", "advice"),
     [
         ("ddp_of_float16_parameters", "torch.autocast"),
+        ("ddp_with_a_buffer_in_float16", "give it float32"),
         ("fsdp_that_reduces_float32_in_float16", "reduce_dtype=torch.float32"),
         ("fsdp_of_float16_parameters", "param_dtype=torch.float16"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ada_loss.torch.operators.arguments import leaves, mapped, scaled_in, true
-from ada_loss.torch.operators.fallback import changes_arguments
+from ada_loss.torch.operators.fallback import changes_arguments, written_by
 from ada_loss.torch.operators.registry import Rule
 from ada_loss.torch.operators.results import entering
 from ada_loss.torch.scaled_tensor import ScaledTensor
@@ -36,10 +36,8 @@ def refuse_rounding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         RuntimeError: there is one.
     """
-    arguments = func._schema.arguments
-    given = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
-    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    for leaf in leaves([given.get(name) for name in written]):
+    given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+    for leaf in leaves([given.get(name) for name in _written_by(func)]):
         if isinstance(leaf, torch.Tensor) and not isinstance(leaf, ScaledTensor):
             if leaf.dtype == torch.float16:
                 raise RuntimeError(
@@ -48,10 +46,17 @@ def refuse_rounding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 )
 
 
+def _written_by(func: Any) -> frozenset[str]:
+    """Names of the arguments that a collective may write to; those of c10d declare none of them."""
+    if func.namespace == "c10d":
+        return frozenset(argument.name for argument in func._schema.arguments)
+    return written_by(func)
+
+
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A collective that writes what it receives to its arguments: it is over when this returns."""
     refuse_rounding(func, args, kwargs)
-    return changes_arguments(func, args, kwargs, finish=_wait)
+    return changes_arguments(func, args, kwargs, _written_by(func), _wait)
 
 
 def _wait(result: Any) -> None:

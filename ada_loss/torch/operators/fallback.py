@@ -102,15 +102,26 @@ def _without_data(leaf: Any) -> Any:
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 
+def written_by(func: Any) -> frozenset[str]:
+    """Names of the arguments that an operator writes to, according to its schema."""
+    arguments = func._schema.arguments
+    return frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def changes_arguments(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], finish: Callable[[Any], None] | None = None
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    writable: frozenset[str] | None = None,
+    finish: Callable[[Any], None] | None = None,
 ) -> Any:
     """Any operator that writes to its arguments: it writes to true values, which are then written back.
 
+    writable: names of those arguments, where the schema does not tell.
     finish: called with what the operator returns, where it may not have written everything yet.
     """
     written: list[tuple[torch.Tensor, torch.Tensor]] = []
-    writable = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    writable = written_by(func) if writable is None else writable
     names = [a.name for a in func._schema.arguments]
 
     def value_for(name: str, value: Any) -> Any:
