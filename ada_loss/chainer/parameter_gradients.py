@@ -73,7 +73,8 @@ def parameter_gradients(
 def gradients_in_range(
     function: Any, targets: tuple[int, ...], gys: tuple[Any, ...], exponent: int
 ) -> tuple[tuple[Any, ...], int]:
-    """`backward_arrays`, computed again from lower gys where a sum overflows, and the exponent of the result.
+    """`backward_arrays`, computed again from lower gys where a sum overflows or what a loss was computed from
+    has a gradient that does, and the exponent of the result.
 
     That of a multiplication by a constant takes over the constant's power of two.
     gys: arrays or None, which carry `exponent`.
@@ -87,7 +88,7 @@ def gradients_in_range(
     gxs = backward_arrays(function, targets, gys)
     present = [gy for gy in gys if gy is not None]
     size = max((gy.size for gy in present), default=0)
-    sums = [place for place, index in enumerate(targets) if _adds_up(function.inputs[index], size)]
+    sums = [place for place, index in enumerate(targets) if _may_be_larger(function.inputs[index], size)]
     if not sums or not all(library_of(gy).on_host for gy in present):
         return gxs, exponent
     for _ in range(_RETREATS):
@@ -100,11 +101,12 @@ def gradients_in_range(
     return gxs, exponent
 
 
-def _adds_up(node: Any, size: int) -> bool:
-    """Whether the gradient of a float16 node may add up elements of gradients of at most `size` elements."""
+def _may_be_larger(node: Any, size: int) -> bool:
+    """Whether the gradient of a float16 node may be much larger than those of at most `size` elements that it
+    is computed from: where it adds them up, or is that of what a loss was computed from."""
     if node.dtype != np.float16:
         return False
-    return math.prod(node.shape) < size or node.creator_node is None
+    return size == 1 or math.prod(node.shape) < size or node.creator_node is None
 
 
 def _rounded(total: Any, exponent: int, amax: float, headroom: int) -> ScaledGradient:

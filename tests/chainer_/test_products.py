@@ -225,6 +225,17 @@ class TestConstants:
         assert relative_error(own, wanted_own) < 2**-8
         assert all(relative_error(found[path], wanted[path]) < 2**-9 for path in wanted)
 
+    def test_a_tiny_number_makes_up_for_the_large_gradient_of_a_loss(self):
+        found = {}
+        for kind, format in (("mixed16", np.float16), ("float32", np.float32)):
+            with dtype(kind):
+                model = AdaLossScaled(L.Linear(6, 1, initialW=0.5))
+            model.cleargrads()
+            y = F.linear(np.ones((1, 6), format), model.W, model.b)
+            (F.mean_squared_error(y, np.full((1, 1), 6e4, format)) * 2.0**-20).backward()
+            found[kind] = model.true_gradients()["/W"]
+        assert relative_error(found["mixed16"], found["float32"]) < 2**-9
+
     def test_several_numbers_cancel(self):
         def combine(loss):
             return (((loss * 2.0**-20) * 2.0**-20) / 2.0**-20) / 2.0**-20
