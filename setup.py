@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parent / "ada_loss" / "requirements"
-NOT_EXTRAS = {"base", "build-constraints", "pip"}
+NOT_EXTRAS = {"base", "build-constraints", "constraints", "pip"}
 
 
 def requirements(text: str) -> list[str]:

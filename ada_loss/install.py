@@ -23,7 +23,7 @@ REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
 CONSTRAINTS = REQUIREMENTS / "build-constraints.txt"
 """What holds for the environments in which packages are built, and only there."""
 
-NOT_GROUPS = {"base", "build-constraints", "pip"}
+NOT_GROUPS = {"base", "build-constraints", "constraints", "pip"}
 
 OLDEST_PIP = (25, 3)
 """The first pip with --build-constraint."""

@@ -28,7 +28,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Set, 
 
 SUPPORTED = ((3, 13), (3, 12), (3, 11), (3, 10))
 DEFAULT_GROUPS = {"base", "chainer", "mpi", "mpich", "example", "report", "dev"}
-NOT_GROUPS = {"pip", "build-constraints"}
+NOT_GROUPS = {"pip", "build-constraints", "constraints"}
 RIVAL_GROUPS = {"cuda12", "cuda13"}
 
 CHOSEN = "--chosen"
@@ -222,6 +222,7 @@ def install(groups: List[str]) -> None:
     # Compiling everything would take half of the time: the smoke test compiles what is really imported.
     pip = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile"]
     constrained = pip + ["--build-constraint", str(REQUIREMENTS / "build-constraints.txt")]
+    constrained += ["--constraint", str(REQUIREMENTS / "constraints.txt")]
     remedy = "check the network and the free disk space"
     run("installing pip", pip + ["--upgrade"] + files(["pip"]), remedy)
     run("installing the requirements", constrained + files(groups), remedy)
