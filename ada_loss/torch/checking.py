@@ -64,7 +64,7 @@ def _run(
                 value.backward()
         finally:
             watch.end()
-        recorder.end_step(loss=float(value))
+        recorder.end_step(loss=float(value.detach()))
     recorder.end()
     return records.run
 
