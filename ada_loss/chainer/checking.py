@@ -119,7 +119,9 @@ def _copy(model: chainer.Link, dtype: Any) -> chainer.Link:
         for name in link._params:
             parameter = getattr(link, name)
             if parameter.array is not None and parameter.dtype.kind == "f":
-                parameter.array = parameter.array.astype(np.float32 if kept else dtype)
+                # What float16 cannot hold becomes infinite, and is found where it does harm.
+                with np.errstate(over="ignore"):
+                    parameter.array = parameter.array.astype(np.float32 if kept else dtype)
                 parameter.cleargrad()
         for name in link._persistent:
             value = getattr(link, name)
