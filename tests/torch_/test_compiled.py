@@ -12,6 +12,9 @@ import ada_loss.torch
 from torch_.asserts import assert_close, assert_plain_float32, float32_gradients, gradients_of
 from torch_.nets import loss_of
 
+# What PyTorch's own compiler warns of is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
